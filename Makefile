@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make demo` and `make test` do everything on a fresh machine; the other targets use the same environment.
+# On a machine that brings its own torch: make test-gpu PYTHON=python3, make bench PYTHON=python3.
+
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+PYTHON ?= $(VENV)/bin/python
+INSTALL_NATIVE = $(PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
+
+.PHONY: install demo lint test test-gpu bench clean
+
+# The stamp is newer than what decides the environment's content; sources of the native library are checked by `build`.
+$(VENV)/.installed: requirements-dev.txt pyproject.toml setup.py
+	python3 -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q --upgrade pip
+	$(VENV)/bin/python -m pip install -q '$(TORCH)'
+	$(VENV)/bin/python -m pip install -q -r requirements-dev.txt
+	$(VENV)/bin/python -m pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+ifeq ($(PYTHON),$(VENV)/bin/python)
+install: $(VENV)/.installed
+else
+install:
+	$(INSTALL_NATIVE)
+endif
+
+demo: install
+	$(PYTHON) -m fla_ops.cli demo
+
+lint: install
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+test: install
+	$(INSTALL_NATIVE)
+	$(PYTHON) -m pytest
+
+test-gpu: install
+	$(PYTHON) -m pytest -m gpu
+
+bench: install
+	$(PYTHON) -m fla_ops.cli bench --all
+
+clean:
+	rm -rf build *.egg-info fla_ops/_C*.so

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiled linear-time and sparse sequence mixers for PyTorch. Start with `delta_rule` or `layers.GatedDeltaNet`."""
+
+import torch as _torch
+
+from ._version import __version__
+
+if tuple(int(part) for part in _torch.__version__.split("+")[0].split(".")[:2]) < (2, 11):
+    raise ImportError(
+        f"fla_ops {__version__} needs torch >= 2.11, found {_torch.__version__}. Upgrade with: pip install -U torch"
+    )
+
+from ._backend import FallbackWarning, backends, use_backend
+from ._checks import check_values
+from .delta_rule import DeltaRuleOutput, delta_rule, delta_rule_step
+
+__all__ = [
+    "DeltaRuleOutput",
+    "FallbackWarning",
+    "__version__",
+    "backends",
+    "check_values",
+    "delta_rule",
+    "delta_rule_step",
+    "use_backend",
+]

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend runs an op: the record, the choice, and the report of `fla_ops.backends()`.
+
+A family file holds a literal table of `Backend` records, best first. `resolve` walks it once per call and returns the
+backend's module; modules are imported on first use.
+"""
+
+import importlib
+import os
+import sys
+import threading
+import warnings
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+OPS = ("delta_rule",)
+NAMES = ("triton", "native", "reference")
+ENVIRONMENT = "FLA_OPS_BACKEND"
+
+
+class FallbackWarning(UserWarning):
+    """A call runs on the slow reference because no compiled backend can take it. Given once per cause."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    name: str  # one of NAMES
+    module: str  # offers why_not, forward, backward, step; the reference offers the op itself
+    devices: tuple[str, ...] = ()  # device types it takes; empty: all
+
+
+class _Chosen(threading.local):
+    name = "auto"
+
+
+_chosen = _Chosen()
+_warned: set[tuple[str, str]] = set()
+
+
+class use_backend:  # noqa: N801 - a context manager that reads as a verb
+    """`with fla_ops.use_backend("native"):` steers every `backend="auto"` call of this thread.
+
+    Under torch.compile the choice is made when the code is traced.
+    """
+
+    def __init__(self, name: str):
+        self.name = _check_name(name, "use_backend")
+
+    def __enter__(self):
+        self.outer, _chosen.name = _chosen.name, self.name
+
+    def __exit__(self, *exc):
+        _chosen.name = self.outer
+
+
+def _check_name(name: str, op: str, source: str = "argument 'backend'") -> str:
+    if name not in ("auto", *NAMES):
+        legal = ", ".join(f'"{n}"' for n in ("auto", *NAMES))
+        raise ValueError(f"{op}: {source} must be one of {legal}, got {name!r}.")
+    return name
+
+
+def table(op: str) -> tuple[Backend, ...]:
+    """The records of a family, best first."""
+    importlib.import_module(f"fla_ops.{op}")
+    return sys.modules[f"fla_ops.{op}"]._BACKENDS
+
+
+def why_not(op: str, name: str, device: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> str | None:
+    """The reason why backend `name` cannot run `op` on such tensors, or None."""
+    row = next((row for row in table(op) if row.name == name), None)
+    if row is None:
+        return f"this version of fla_ops has no {name} kernel for {op}"
+    if row.devices and device not in row.devices:
+        return f"{name} takes {' and '.join(row.devices)} tensors, not {device} tensors"
+    if name == "reference":
+        return None
+    return importlib.import_module(row.module).why_not(device, dtype, *sizes)
+
+
+# Traced code sees the result as a constant: every argument is a string, a dtype or a static int, and the imports,
+# the environment and the warning below stay out of the graph.
+@torch.compiler.assume_constant_result
+def resolve(op: str, backend: str, device: str, dtype: torch.dtype, *sizes: int) -> ModuleType:
+    """The module that runs `op` on tensors of this device type, dtype and static sizes.
+
+    A named backend runs or raises RuntimeError with the reason. "auto" takes the table's first that can, and warns
+    once per cause when that is the reference.
+    """
+    name = _check_name(backend, op)
+    if name == "auto":
+        name = _chosen.name
+    if name == "auto" and ENVIRONMENT in os.environ:
+        name = _check_name(os.environ[ENVIRONMENT], op, f"environment variable {ENVIRONMENT}")
+    rows = table(op)
+    if name != "auto":
+        reason = why_not(op, name, device, dtype, sizes)
+        if reason:
+            raise RuntimeError(f"{op}: backend {name!r} cannot run here: {reason}.")
+        return importlib.import_module(next(row for row in rows if row.name == name).module)
+    reasons = []
+    for row in rows:
+        reason = why_not(op, row.name, device, dtype, sizes)
+        if reason is None:
+            if row.name == "reference":
+                _warn_once(op, reasons)
+            return importlib.import_module(row.module)
+        reasons.append(reason)
+    raise RuntimeError(f"{op}: no backend can run here: {'; '.join(reasons)}.")
+
+
+def _warn_once(op: str, reasons: list[str]) -> None:
+    cause = "; ".join(reasons)
+    if (op, cause) not in _warned:
+        _warned.add((op, cause))
+        warnings.warn(
+            f"{op} runs on the slow reference: {cause}. Run `fla-ops info` to see what this machine can use; "
+            'backend="reference" asks for the reference without this warning.',
+            FallbackWarning,
+            stacklevel=4,
+        )
+
+
+def backends() -> dict[str, dict]:
+    """What runs each op on this machine: op -> {"cpu": name, "cuda": name, "why_not": {name: reason}}.
+
+    `cpu` and `cuda` are the backends that `backend="auto"` takes for float32 tensors there (`cuda` is None without a
+    CUDA device). `why_not` holds the reason for each backend that runs on neither.
+    """
+    report = {}
+    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    for op in OPS:
+        reasons: dict[str, dict[str, str | None]] = {
+            name: {device: why_not(op, name, device, torch.float32, ()) for device in devices} for name in NAMES
+        }
+        first = {d: next(n for n in NAMES if reasons[n][d] is None) for d in devices}
+        report[op] = {
+            "cpu": first["cpu"],
+            "cuda": first.get("cuda"),
+            "why_not": {n: "; ".join(dict.fromkeys(r.values())) for n, r in reasons.items() if all(r.values())},
+        }
+    return report

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the step loops share: the compute dtype, operand rounding, and the walk over packed sequences."""
+
+from collections.abc import Callable
+
+import torch
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays, everything else computes in float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def rounding(operand_dtype: torch.dtype | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Round a product's operand to `operand_dtype` and back; the identity for None."""
+    if operand_dtype is None:
+        return lambda x: x
+    return lambda x: x.to(operand_dtype).to(x.dtype)
+
+
+def sequences(cu_seqlens: torch.Tensor | None, batch: int, length: int) -> list[tuple[slice, slice]]:
+    """(batch rows, time steps) of what can run in one loop: the whole batch, or each packed sequence."""
+    if cu_seqlens is None:
+        return [(slice(0, batch), slice(0, length))]
+    bounds = [min(max(b, 0), length) for b in cu_seqlens.tolist()]
+    return [(slice(0, 1), slice(a, max(a, b))) for a, b in zip(bounds, bounds[1:], strict=False)]
