@@ -3,6 +3,6 @@
 
 if __name__ != "fla_ops.kernels":
     raise ImportError(
-        f"{__name__!r} was found in a checkout of fla_ops, because the working directory is on sys.path: this folder is "
-        "fla_ops.kernels, not Hugging Face's `kernels`. Run with `python -P` (or PYTHONSAFEPATH=1), or from another folder."
+        f"{__name__!r} was found in a checkout of fla_ops, because the working directory is on sys.path: this folder "
+        "is fla_ops.kernels, not Hugging Face's `kernels`. Use `python -P` (or PYTHONSAFEPATH=1), or another folder."
     )
