@@ -529,6 +529,11 @@ def test_compiles_without_a_graph_break(variant, backend):
     z, final = compiled(x, state=state.detach(), return_state=True)
     assert_close(z, layer(x, state=state))
     assert isinstance(final, LayerState)
+    step = torch.compile(layer.step, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        ours, theirs = state.clone(), state.clone()
+        assert_close(step(x[:, 0], ours), layer.step(x[:, 0], theirs))
+        assert_states_close(ours, theirs)
 
 
 def test_docstrings():
@@ -596,6 +601,17 @@ def test_failed_step_leaves_the_state_alone():
     with torch.no_grad(), pytest.raises(ValueError, match=r"state\.recurrent"):
         layer.step(tokens(2), state._replace(recurrent=state.recurrent[:1]))
     assert (state.conv == 0).all()
+
+
+def test_steps_from_a_state_with_history_and_in_inference_mode():
+    layer, x = make("gated"), tokens(2, 5)
+    y, state = layer(x[:, :4], return_state=True)
+    with torch.no_grad():
+        token = layer.step(x[:, 4], state)
+    y.sum().backward()
+    with torch.inference_mode():
+        y, state = layer(x[:, :4], return_state=True)
+        assert torch.equal(layer.step(x[:, 4], state), token)
 
 
 def test_state_helpers():
