@@ -80,9 +80,6 @@ def why_not(op: str, name: str, device: str, dtype: torch.dtype, sizes: tuple[in
     return importlib.import_module(row.module).why_not(device, dtype, *sizes)
 
 
-# Traced code sees the result as a constant: every argument is a string, a dtype or a static int, and the imports,
-# the environment and the warning below stay out of the graph.
-@torch.compiler.assume_constant_result
 def resolve(op: str, backend: str, device: str, dtype: torch.dtype, *sizes: int) -> ModuleType:
     """The module that runs `op` on tensors of this device type, dtype and static sizes.
 
@@ -109,6 +106,12 @@ def resolve(op: str, backend: str, device: str, dtype: torch.dtype, *sizes: int)
             return importlib.import_module(row.module)
         reasons.append(reason)
     raise RuntimeError(f"{op}: no backend can run here: {'; '.join(reasons)}.")
+
+
+# Traced code sees the result as a constant: every argument is a string, a dtype or a static int, and the imports, the
+# environment and the warning stay out of the graph. torch.compiler.assume_constant_result does just this, after an
+# import of torch._dynamo that takes over a second.
+resolve._dynamo_marked_constant = True
 
 
 def _warn_once(op: str, reasons: list[str]) -> None:
