@@ -90,10 +90,6 @@ def resolve(op: str, backend: str, device: str, dtype: torch.dtype, *sizes: int)
     return getattr(_loaded, _choose(op, backend, device, dtype, *sizes))
 
 
-# Traced code sees the result as a constant: every argument is a string, a dtype or a static int, and the imports,
-# the environment and the warning below stay out of the graph. Dynamo cannot look into a module that is a constant,
-# so the constant is a name, and `resolve` reads the module from `_loaded`.
-@torch.compiler.assume_constant_result
 def _choose(op: str, backend: str, device: str, dtype: torch.dtype, *sizes: int) -> str:
     """The attribute of `_loaded` that `resolve` asks for."""
     name = _asked_for(op, backend)
@@ -112,6 +108,13 @@ def _choose(op: str, backend: str, device: str, dtype: torch.dtype, *sizes: int)
             return _load(op, row)
         reasons.append(reason)
     raise RuntimeError(f"{op}: no backend can run here: {'; '.join(reasons)}.")
+
+
+# Traced code sees the result as a constant: every argument is a string, a dtype or a static int, and the imports, the
+# environment and the warning stay out of the graph. Dynamo cannot look into a module that is a constant, so the constant
+# is a name, and `resolve` reads the module from `_loaded`. torch.compiler.assume_constant_result does just this, after
+# an import of torch._dynamo that takes over a second.
+_choose._dynamo_marked_constant = True
 
 
 def _load(op: str, row: Backend) -> str:
