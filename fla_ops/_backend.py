@@ -111,9 +111,9 @@ def _choose(op: str, backend: str, device: str, dtype: torch.dtype, *sizes: int)
 
 
 # Traced code sees the result as a constant: every argument is a string, a dtype or a static int, and the imports, the
-# environment and the warning stay out of the graph. Dynamo cannot look into a module that is a constant, so the constant
-# is a name, and `resolve` reads the module from `_loaded`. torch.compiler.assume_constant_result does just this, after
-# an import of torch._dynamo that takes over a second.
+# environment and the warning stay out of the graph. Dynamo cannot look into a module that is a constant, so the
+# constant is a name, and `resolve` reads the module from `_loaded`. torch.compiler.assume_constant_result does just
+# this, after an import of torch._dynamo that takes over a second.
 _choose._dynamo_marked_constant = True
 
 
