@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the step loops share: the compute dtype, operand rounding, and the walk over packed sequences."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -24,3 +25,20 @@ def sequences(cu_seqlens: torch.Tensor | None, batch: int, length: int) -> list[
         return [(slice(0, batch), slice(0, length))]
     bounds = [min(max(b, 0), length) for b in cu_seqlens.tolist()]
     return [(slice(0, 1), slice(a, max(a, b))) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def without_autocast(op: Callable) -> Callable:
+    """Decorates an op whose first argument is a tensor: autocast would run its matrix products in low precision.
+
+    The public functions have cast the main tensors by then; the arithmetic inside stays in the compute dtype.
+    """
+
+    @functools.wraps(op)
+    def run(first, *args, **options):
+        device = first.device.type
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            return op(first, *args, **options)
+        with torch.autocast(device, enabled=False):
+            return op(first, *args, **options)
+
+    return run

@@ -8,7 +8,7 @@ Yang et al. 2024, arXiv 2406.06484 (g = 0) and arXiv 2412.06464 (gated).
 
 import torch
 
-from ._loops import compute_dtype, rounding, sequences
+from ._loops import compute_dtype, rounding, sequences, without_autocast
 
 
 def l2norm(x: torch.Tensor) -> torch.Tensor:
@@ -16,6 +16,7 @@ def l2norm(x: torch.Tensor) -> torch.Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
 
+@without_autocast
 def delta_rule(
     q: torch.Tensor,
     k: torch.Tensor,
