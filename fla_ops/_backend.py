@@ -37,6 +37,7 @@ class _Chosen(threading.local):
 
 
 _chosen = _Chosen()
+_loaded = ModuleType("the backend modules in use, as attributes {op}_{backend}")
 _warned: set[tuple[str, str]] = set()
 
 
@@ -88,37 +89,59 @@ def resolve(op: str, backend: str, device: str, dtype: torch.dtype, *sizes: int)
     once per cause when that is the reference.
     """
     # index() makes a plain int of a size that torch.compile holds for dynamic.
-    return sys.modules[_choose(op, backend, device, dtype, *(operator.index(size) for size in sizes))]
+    return getattr(_loaded, _choose(op, backend, device, dtype, *(operator.index(size) for size in sizes)))
 
 
 def _choose(op: str, backend: str, device: str, dtype: torch.dtype, *sizes: int) -> str:
-    """The name of that module, imported."""
-    name = _check_name(backend, op)
-    if name == "auto":
-        name = _chosen.name
-    if name == "auto" and ENVIRONMENT in os.environ:
-        name = _check_name(os.environ[ENVIRONMENT], op, f"environment variable {ENVIRONMENT}")
+    """The attribute of `_loaded` that `resolve` asks for."""
+    name = _asked_for(op, backend)
     rows = table(op)
     if name != "auto":
         reason = why_not(op, name, device, dtype, sizes)
         if reason:
             raise RuntimeError(f"{op}: backend {name!r} cannot run here: {reason}.")
-        return importlib.import_module(next(row for row in rows if row.name == name).module).__name__
+        return _load(op, next(row for row in rows if row.name == name))
     reasons = []
     for row in rows:
         reason = why_not(op, row.name, device, dtype, sizes)
         if reason is None:
             if row.name == "reference":
                 _warn_once(op, reasons)
-            return importlib.import_module(row.module).__name__
+            return _load(op, row)
         reasons.append(reason)
     raise RuntimeError(f"{op}: no backend can run here: {'; '.join(reasons)}.")
 
 
-# Traced code sees the result as a constant, so that the imports, the environment and the warning stay out of the graph;
-# it must be a string, for Dynamo cannot guard the members of a constant module. torch.compiler.assume_constant_result
-# does just this, after an import of torch._dynamo that takes over a second.
+# Traced code sees the result as a constant: every argument is a string, a dtype or a static int, and the imports, the
+# environment and the warning stay out of the graph. Dynamo cannot look into a module that is a constant, so the
+# constant is a name, and `resolve` reads the module from `_loaded`. torch.compiler.assume_constant_result does just
+# this, after an import of torch._dynamo that takes over a second.
 _choose._dynamo_marked_constant = True
+
+
+def _load(op: str, row: Backend) -> str:
+    attribute = f"{op}_{row.name}"
+    setattr(_loaded, attribute, importlib.import_module(row.module))
+    return attribute
+
+
+def _asked_for(op: str, backend: str) -> str:
+    """The backend that the argument, `use_backend` or the environment names, or "auto"."""
+    name = _check_name(backend, op)
+    if name == "auto":
+        name = _chosen.name
+    if name == "auto" and ENVIRONMENT in os.environ:
+        name = _check_name(os.environ[ENVIRONMENT], op, f"environment variable {ENVIRONMENT}")
+    return name
+
+
+def warn_reference(op: str, cause: str) -> None:
+    """For an option that only the reference has: warn once, or raise if another backend was asked for."""
+    name = _asked_for(op, "auto")
+    if name not in ("auto", "reference"):
+        raise RuntimeError(f"{op}: backend {name!r} cannot run here: {cause}.")
+    if name == "auto":
+        _warn_once(op, [cause])
 
 
 def _warn_once(op: str, reasons: list[str]) -> None:
