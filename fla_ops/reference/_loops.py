@@ -28,17 +28,17 @@ def sequences(cu_seqlens: torch.Tensor | None, batch: int, length: int) -> list[
 
 
 def without_autocast(op: Callable) -> Callable:
-    """Decorates an op whose first argument is a tensor: autocast would run its matrix products in low precision.
+    """Decorates an op on tensors of one device: autocast would run its matrix products in low precision.
 
     The public functions have cast the main tensors by then; the arithmetic inside stays in the compute dtype.
     """
 
     @functools.wraps(op)
-    def run(first, *args, **options):
-        device = first.device.type
+    def run(*args, **options):
+        device = next(x.device.type for x in (*args, *options.values()) if isinstance(x, torch.Tensor))
         if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-            return op(first, *args, **options)
+            return op(*args, **options)
         with torch.autocast(device, enabled=False):
-            return op(first, *args, **options)
+            return op(*args, **options)
 
     return run
