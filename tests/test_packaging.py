@@ -181,7 +181,10 @@ for module in pkgutil.walk_packages(fla_ops.__path__, "fla_ops."):
 
 @pytest.mark.parametrize("variable", ["PATH", "CXX"])
 def test_an_installation_whose_compiler_fails(sdist, environment, tmp_path, variable):
-    """It installs, says why the library is missing, and gives the right answer on the reference."""
+    """It installs, says why the library is missing, and gives the right answer on the reference.
+
+    The sources may hold the library of an earlier, successful build: it must not be installed as if it were new.
+    """
     tools = tmp_path / "tools"
     tools.mkdir()
     for name in COMPILERS:
