@@ -75,14 +75,14 @@ def test_compiles_whole_without_recompiling_for_lengths(native):
 
 @compiled_tests
 def test_compiles_with_static_lengths_once_then_dynamic(native):
-    """Default settings: the second length makes T dynamic, further lengths reuse that."""
+    """Default settings: the second length makes T dynamic; one block or several are two graphs; then never again."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     counter = CompileCounterWithBackend("aot_eager")
     op = torch.compile(whole, fullgraph=True, backend=counter)
-    for T in (130, 64, 65, 33, 200, 90):
+    for T in (130, 64, 65, 33, 200, 90, 2, 500):
         trained(op, random_inputs(T=T, state=torch.float32), native)
-    assert counter.frame_count <= 2
+    assert counter.frame_count <= 3
 
 
 @compiled_tests
@@ -185,7 +185,10 @@ def raw_calls():
 def test_opcheck(native):
     seen = set()
     for name, arguments in raw_calls():
-        torch.library.opcheck(getattr(torch.ops.fla_ops, name).default, arguments)
+        tests = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+        if name == "delta_rule_forward" and arguments[7] is not None and arguments[9]:
+            tests.pop()  # compares all of `states`, of which packed sequences leave rows unused
+        torch.library.opcheck(getattr(torch.ops.fla_ops, name).default, arguments, test_utils=tests)
         seen.add(name)
     assert seen == {"delta_rule_forward", "delta_rule_backward", "delta_rule_step"}
 
