@@ -6,6 +6,7 @@ backend's module; modules are imported on first use.
 """
 
 import importlib
+import operator
 import os
 import sys
 import threading
@@ -82,12 +83,13 @@ def why_not(op: str, name: str, device: str, dtype: torch.dtype, sizes: tuple[in
 
 
 def resolve(op: str, backend: str, device: str, dtype: torch.dtype, *sizes: int) -> ModuleType:
-    """The module that runs `op` on tensors of this device type, dtype and static sizes.
+    """The module that runs `op` on tensors of this device type, dtype and head or channel sizes.
 
     A named backend runs or raises RuntimeError with the reason. "auto" takes the table's first that can, and warns
     once per cause when that is the reference.
     """
-    return getattr(_loaded, _choose(op, backend, device, dtype, *sizes))
+    # index() makes a plain int of a size that torch.compile holds for dynamic.
+    return getattr(_loaded, _choose(op, backend, device, dtype, *(operator.index(size) for size in sizes)))
 
 
 def _choose(op: str, backend: str, device: str, dtype: torch.dtype, *sizes: int) -> str:

@@ -12,6 +12,7 @@ import torch
 from delta_rule_cases import bounds, call, check, random_inputs
 
 import fla_ops
+import fla_ops.layers
 
 B, T, H, HV, K, V = 2, 10, 2, 4, 8, 6
 
@@ -34,6 +35,18 @@ def token(**changed):
     """The same for a step."""
     x = {n: t[:, 0] for n, t in good().items()}
     return x | {"state": torch.zeros(B, HV, K, V)} | changed
+
+
+def conv(**changed):
+    """Arguments of a right convolution: D = 6 channels, width 4, L = T tokens."""
+    x = {"x": torch.randn(B, 6, T), "weight": torch.randn(6, 4), "bias": torch.randn(6)} | changed
+    return lambda backend: fla_ops.causal_conv1d(**x, backend=backend)
+
+
+def conv_step(**changed):
+    x = {"x": torch.randn(B, 6), "weight": torch.randn(6, 4), "bias": torch.randn(6), "state": torch.zeros(B, 6, 3)}
+    x |= changed
+    return lambda backend: fla_ops.causal_conv1d_step(**x, backend=backend)
 
 
 def delta_rule(x):
@@ -61,7 +74,13 @@ def cu(*values, dtype=torch.int64):
     return torch.tensor(values, dtype=dtype)
 
 
+def masked_layer(**changed):
+    layer = fla_ops.layers.GatedDeltaNet(hidden_size=16, num_heads=2, head_dim=8)
+    return lambda backend: layer(torch.zeros(1, T, 16), **changed)
+
+
 D, S = "delta_rule: ", "delta_rule_step: "
+C, CS = "causal_conv1d: ", "causal_conv1d_step: "
 TABLE = [
     # 1. lengths and sizes that do not match q
     ("k is shorter than q", delta_rule(good(k=zeros(B, 6, H, K))), ValueError,
@@ -226,6 +245,49 @@ TABLE = [
      S + r"argument 'state_indices' must be an int32 or int64 tensor, got torch\.float32"),
     ("step: a list of slots", step(token(state_indices=[0, 1])), TypeError,
      S + r"argument 'state_indices' must be a tensor, got list"),
+    # The convolution: the same rules, its own shapes
+    ("conv: x is [B, L, D]", conv(x=zeros(B, T, 6), weight=zeros(6, 4)), ValueError,
+     C + r"argument 'weight' must be of shape \[D=10, W\], got \[6, 4\]\. x looks like \[B, L, D\]: transpose"),
+    ("conv: x is 2-D", conv(x=zeros(6, T)), ValueError,
+     C + r"argument 'x' must be of shape \[B, D, L\], got \[6, 10\]"),
+    ("conv: no channels", conv(x=zeros(B, 0, T), weight=zeros(0, 4), bias=None), ValueError,
+     C + r"argument 'x' must be of at least one channel, got \[2, 0, 10\]"),
+    ("conv: nn.Conv1d's weight", conv(weight=zeros(6, 1, 4)), ValueError,
+     C + r"argument 'weight' must be of shape \[D=6, W\], got \[6, 1, 4\]\. .*squeeze\(1\)"),
+    ("conv: width 0", conv(weight=zeros(6, 0)), ValueError, C + r"argument 'weight' must be of width 1 to 8, got 0"),
+    ("conv: width 9", conv(weight=zeros(6, 9)), ValueError, C + r"argument 'weight' must be of width 1 to 8, got 9"),
+    ("conv: bias of another size", conv(bias=zeros(1)), ValueError,
+     C + r"argument 'bias' must be of shape \[D=6\], got \[1\]"),
+    ("conv: bias is a float", conv(bias=0.0), TypeError, C + r"argument 'bias' must be a tensor, got float"),
+    ("conv: weight is bf16, x float32", conv(weight=zeros(6, 4, dtype=torch.bfloat16)), TypeError,
+     C + r"argument 'weight' must be torch\.float32, got torch\.bfloat16"),
+    ("conv: x is int", conv(x=zeros(B, 6, T, dtype=torch.int64)), TypeError,
+     C + r"argument 'x' must be one of float32.*got torch\.int64"),
+    ("conv: unknown activation", conv(activation="gelu"), ValueError,
+     C + r"argument 'activation' must be None, \"silu\" or \"swish\", got 'gelu'"),
+    ("conv: activation is True", conv(activation=True), ValueError, C + r"argument 'activation' must be .*got True"),
+    ("conv: a misspelt keyword", conv(activaton="silu"), TypeError, "activaton"),
+    ("conv: peers' state of W columns", conv(initial_state=zeros(B, 6, 4)), ValueError,
+     C + r"argument 'initial_state' must be of shape \[N=2, D=6, W-1=3\], got \[2, 6, 4\]"),
+    ("conv: cu_seqlens ends before L", conv(x=zeros(1, 6, T), cu_seqlens=cu(0, 9)), ValueError,
+     C + r"argument 'cu_seqlens' must be non-decreasing from 0 to L=10, got \[0, 9\]"),
+    ("conv: cu_seqlens with B = 2", conv(cu_seqlens=cu(0, 10)), ValueError,
+     C + r"argument 'cu_seqlens' must be given with B=1 only, got B=2"),
+    ("conv: weight on another device", conv(weight=zeros(6, 4, device="meta")), ValueError,
+     C + r"all tensors must be on one device, got x: cpu, weight: meta"),
+    ("conv step: x has a time axis", conv_step(x=zeros(B, 6, 1)), ValueError,
+     CS + r"argument 'x' must be of shape \[B, D\], got \[2, 6, 1\]"),
+    ("conv step: a state of W columns", conv_step(state=zeros(B, 6, 4)), ValueError,
+     CS + r"argument 'state' must be of shape \[slots, D=6, W-1=3\], got \[2, 6, 4\]"),
+    ("conv step: a slot past the end", conv_step(state_indices=cu(0, 2)), ValueError,
+     CS + r"argument 'state_indices' must be -1 or in 0\.\.1, got \[0, 2\]"),
+    ("conv step: one slot twice", conv_step(state_indices=cu(1, 1)), ValueError,
+     CS + r"argument 'state_indices' must be free of duplicates"),
+    ("conv step: one memory for two states", conv_step(state=zeros(1, 6, 3).expand(B, 6, 3)), ValueError,
+     CS + r"argument 'state' must be free of overlapping memory"),
+    # 13. a mask and a pack at once
+    ("layer: attention_mask and cu_seqlens", masked_layer(attention_mask=torch.ones(1, T), cu_seqlens=cu(0, T)),
+     ValueError, r"attention_mask.*cu_seqlens"),
 ]  # fmt: skip
 
 
@@ -247,6 +309,8 @@ def test_the_right_calls_are_right(backend):
     delta_rule(good())(backend)
     delta_rule(packed())(backend)
     step(token())(backend)
+    conv()(backend)
+    conv_step()(backend)
 
 
 # Nasty but legal: each of these gave garbage somewhere else.

@@ -165,6 +165,14 @@ def test_scale(backend, scale):
     check(backend, random_inputs(T=70, K=32, V=32), scale=scale)
 
 
+@pytest.mark.parametrize("size", [1e-4, 3e4])
+def test_the_range_of_float16(backend, size):
+    """Values near either end of float16: nothing inside is rounded to it."""
+    inputs = random_inputs(T=100, K=32, V=32, dtype=torch.float16)
+    inputs["v"] = (inputs["v"].float() * size / inputs["v"].abs().max()).half()
+    check(backend, inputs, names=["o", "final_state"])
+
+
 @dtypes
 @pytest.mark.parametrize("state", DTYPES, ids=str)
 def test_initial_state_dtypes(backend, dtype, state):

@@ -112,6 +112,21 @@ def test_one_tensor_in_several_roles(backend):
     torch.testing.assert_close(same.grad, expected["dq"] + expected["dk"] + expected["dv"])
 
 
+def test_offsets_beyond_32_bits(native):
+    """Two tokens 2^31 elements apart: 4 GB of address space, of which two pages are used."""
+    x = random_inputs(T=2, H=1, HV=1, K=16, V=16, dtype=torch.bfloat16)
+    far = dict(x)
+    for name in ("q", "k", "v"):
+        try:
+            storage = torch.UntypedStorage(2 * (2**31 + 64))
+        except RuntimeError:
+            pytest.skip("this machine does not grant 4 GB of address space")
+        far[name] = torch.empty(0, dtype=torch.bfloat16).set_(storage, 0, (1, 2, 1, 16), (2**31 + 64, 2**31, 16, 1))
+        far[name].copy_(x[name])
+    expected = call(fla_ops.delta_rule, x, backend=native).o
+    assert torch.equal(call(fla_ops.delta_rule, far, backend=native).o, expected)
+
+
 def test_inputs_are_never_modified(backend):
     x = random_inputs(B=1, T=70, HV=4, sequences=2, state=torch.float32)
     cu = bounds([30, 40])
@@ -193,6 +208,36 @@ def test_a_nan_has_the_places_of_the_reference(backend):
         assert torch.equal(~torch.isfinite(o), nonfinite), f"{name} = {value}"
         kept = ~nonfinite
         assert_matches_reference(o[kept], ref64["o"][kept], low["o"][kept], f"o beside {name} = {value}")
+
+
+@pytest.mark.parametrize("ends", [[0, 40, 60], [0, 40, 900], [5, 40, 70], [0, 0, 0]], ids=str)
+def test_boundaries_that_could_not_be_checked_touch_nothing_outside(backend, monkeypatch, ends):
+    """On a device, values are not read: they are clamped, and rows that no sequence covers are 0, gradients too."""
+    monkeypatch.setattr(fla_ops._checks, "_can_read", lambda x: False)
+    x = random_inputs(T=70, K=20, V=12, sequences=2, state=torch.float32)
+    do, ds = random_cotangents(x, 2)
+    found = results(op_of(backend), x, do, ds, cu_seqlens=torch.tensor(ends))
+    first, last = ends[0], min(ends[-1], 70)
+    inside = {n: t if n == "initial_state" else t[:, first:last] for n, t in x.items()}
+    cu = torch.tensor(ends).clamp(max=70) - first
+    right = results(op_of(backend), inside, do[:, first:last], ds, cu_seqlens=cu)
+    for name, t in right.items():
+        if name in ("final_state", "dinitial_state"):
+            torch.testing.assert_close(found[name], t)
+        else:
+            torch.testing.assert_close(found[name][:, first:last], t)
+            assert not found[name][:, :first].any() and not found[name][:, last:].any(), name
+
+
+def test_slots_that_could_not_be_checked_touch_nothing_outside(backend, monkeypatch):
+    monkeypatch.setattr(fla_ops._checks, "_can_read", lambda x: False)
+    x = random_inputs(B=3, T=1, state=torch.float32)
+    tokens, pool = [x[n][:, 0] for n in TOKENS], torch.zeros(4, 2, 16, 16)
+    guarded = pool[1:3]  # slots 0 and 3 of the pool are not ours
+    slots = torch.tensor([1, 2, -7])
+    o = fla_ops.delta_rule_step(*tokens, state=guarded, state_indices=slots, backend=backend)
+    assert o[0].any() and not o[1:].any()
+    assert pool[2].any() and not pool[[0, 1, 3]].any()
 
 
 @contextlib.contextmanager
