@@ -12,13 +12,17 @@ if tuple(int(part) for part in _torch.__version__.split("+")[0].split(".")[:2]) 
 
 from ._backend import FallbackWarning, backends, use_backend
 from ._checks import check_values
+from .causal_conv1d import CausalConv1dOutput, causal_conv1d, causal_conv1d_step
 from .delta_rule import DeltaRuleOutput, delta_rule, delta_rule_step
 
 __all__ = [
+    "CausalConv1dOutput",
     "DeltaRuleOutput",
     "FallbackWarning",
     "__version__",
     "backends",
+    "causal_conv1d",
+    "causal_conv1d_step",
     "check_values",
     "delta_rule",
     "delta_rule_step",

@@ -15,7 +15,7 @@ from types import ModuleType
 
 import torch
 
-OPS = ("delta_rule",)
+OPS = ("causal_conv1d", "delta_rule")
 NAMES = ("triton", "native", "reference")
 ENVIRONMENT = "FLA_OPS_BACKEND"
 

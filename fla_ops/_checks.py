@@ -105,8 +105,8 @@ def _can_read(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" or (_values_checked and x.device.type != "meta")
 
 
-def cu_seqlens(op: str, x: torch.Tensor | None, batch: int, length: int, device: torch.device):
-    """Check packed-sequence boundaries and return them on `device` (None stays None)."""
+def cu_seqlens(op: str, x: torch.Tensor | None, batch: int, length: int, device: torch.device, time: str = "T"):
+    """Check packed-sequence boundaries and return them on `device` (None stays None). `time` names the packed axis."""
     if x is None:
         return None
     name = "cu_seqlens"
@@ -122,14 +122,14 @@ def cu_seqlens(op: str, x: torch.Tensor | None, batch: int, length: int, device:
             name,
             "given with B=1 only",
             f"B={batch}",
-            "Reshape to [1, B*T, ...] first.",
+            f"Put the sequences behind one another along {time} first.",
         )
     if _can_read(x):
         bounds = x.tolist()
         steps = zip(bounds, bounds[1:], strict=False)
         if bounds[0] != 0 or any(b < a for a, b in steps) or bounds[-1] != length:
             shown = bounds if len(bounds) <= 8 else f"[{bounds[0]}, {bounds[1]}, ..., {bounds[-1]}]"
-            raise bad(ValueError, op, name, f"non-decreasing from 0 to T={length}", shown)
+            raise bad(ValueError, op, name, f"non-decreasing from 0 to {time}={length}", shown)
     return x if x.device == device else x.to(device)
 
 
