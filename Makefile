@@ -5,6 +5,8 @@
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 PYTHON ?= $(VENV)/bin/python
+# The checkout's folder `kernels` must not shadow Hugging Face's package of that name, which transformers looks for.
+export PYTHONSAFEPATH = 1
 INSTALL_NATIVE = $(PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
 
 .PHONY: install demo lint test test-gpu bench clean

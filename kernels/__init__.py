@@ -3,7 +3,6 @@
 
 if __name__ != "fla_ops.kernels":
     raise ImportError(
-        f"this folder is fla_ops.kernels, not the package {__name__!r}: it was imported from a checkout of fla_ops "
-        "because the working directory is on sys.path. Run from another folder to import Hugging Face's `kernels`, "
-        "or install fla_ops (`pip install --no-build-isolation -e .`) and import `fla_ops.kernels`."
+        f"{__name__!r} was found in a checkout of fla_ops, because the working directory is on sys.path: this folder "
+        "is fla_ops.kernels, not Hugging Face's `kernels`. Use `python -P` (or PYTHONSAFEPATH=1), or another folder."
     )

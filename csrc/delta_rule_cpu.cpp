@@ -1,0 +1,263 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The delta rule on the CPU, torch side: internal asserts (argument checks live in Python), tensors
+// to plain views, the parallel loop, registration.
+//
+// Forward is parallel over sequences x value heads, and over blocks of V's columns when that alone
+// leaves threads idle. Tasks are independent and handed out one at a time, so neither the number
+// of threads nor uneven sequence lengths change any result's bits.
+// The kernels are in delta_rule_cpu.inc, built once per instruction level.
+#include "delta_rule_cpu.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cpu_level.h"
+
+namespace fla_ops {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+const DeltaRuleKernels& kernels() {
+#if FLA_OPS_X86
+  if (cpu_level() == kAvx512) return avx512::delta_rule;
+  if (cpu_level() == kAvx2) return avx2::delta_rule;
+#endif
+  return base::delta_rule;
+}
+
+Type type_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Double: return Type::float64;
+    case ScalarType::Float: return Type::float32;
+    case ScalarType::BFloat16: return Type::bfloat16;
+    case ScalarType::Half: return Type::float16;
+    default: STD_TORCH_CHECK(false, "fla_ops: unsupported dtype");
+  }
+}
+
+// The outer `dims` strides; the kernels take the dimension after them, if any, as contiguous.
+View view(const Tensor& x, int dims) {
+  View result;
+  result.data = static_cast<char*>(x.data_ptr());
+  result.type = type_of(x);
+  for (int i = 0; i < dims; i++) result.stride[i] = x.stride(i);
+  STD_TORCH_CHECK(x.dim() == dims || x.size(dims) <= 1 || x.stride(dims) == 1 || x.numel() == 0,
+                  "fla_ops: the last dimension must have unit stride");
+  return result;
+}
+View view(const std::optional<Tensor>& x, int dims) { return x ? view(*x, dims) : View{}; }
+
+ScalarType accumulator(const Tensor& q) {
+  return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t integer_at(const Tensor& x, int64_t i) {
+  const char* p = static_cast<const char*>(x.data_ptr());
+  const int64_t offset = i * x.stride(0);
+  if (x.scalar_type() == ScalarType::Int) return reinterpret_cast<const int32_t*>(p)[offset];
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Long, "fla_ops: indices must be int32 or int64");
+  return reinterpret_cast<const int64_t*>(p)[offset];
+}
+
+// One entry per batch row, or per packed sequence with bounds made monotone within [0, T].
+std::vector<Sequence> sequences(int64_t B, int64_t T, const std::optional<Tensor>& cu_seqlens) {
+  std::vector<Sequence> result;
+  int64_t checkpoint = 0;
+  const auto append = [&](int64_t batch, int64_t start, int64_t length) {
+    result.push_back({batch, start, length, int64_t(result.size()), checkpoint});
+    checkpoint += ceil_div(length, kCheckpointTokens);
+  };
+  if (!cu_seqlens) {
+    for (int64_t b = 0; b < B; b++) append(b, 0, T);
+    return result;
+  }
+  STD_TORCH_CHECK(B == 1 && cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1,
+                  "fla_ops: cu_seqlens needs B = 1 and at least one bound");
+  int64_t start = std::clamp<int64_t>(integer_at(*cu_seqlens, 0), 0, T);
+  for (int64_t n = 1; n < cu_seqlens->size(0); n++) {
+    const int64_t end = std::clamp<int64_t>(integer_at(*cu_seqlens, n), start, T);
+    append(0, start, end - start);
+    start = end;
+  }
+  return result;
+}
+
+int64_t checkpoint_rows(int64_t B, int64_t T, const std::optional<Tensor>& cu_seqlens) {
+  if (!cu_seqlens) return B * ceil_div(T, kCheckpointTokens);
+  return ceil_div(T, kCheckpointTokens) + cu_seqlens->size(0) - 1;
+}
+
+// Zeroes the rows of a contiguous [1, T, ...] tensor that no packed sequence covers.
+void zero_uncovered(Tensor& x, const std::vector<Sequence>& packed) {
+  const int64_t T = x.size(1);
+  if (x.numel() == 0) return;
+  const int64_t row = x.numel() / T * x.element_size();
+  const int64_t first = packed.empty() ? T : packed.front().start;
+  const int64_t last = packed.empty() ? T : packed.back().start + packed.back().length;
+  char* data = static_cast<char*>(x.data_ptr());
+  std::memset(data, 0, first * row);
+  std::memset(data + last * row, 0, (T - last) * row);
+}
+
+void check_shapes(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& beta,
+                  const std::optional<Tensor>& g, int outer) {
+  STD_TORCH_CHECK(q.dim() == outer + 2 && k.dim() == outer + 2 && v.dim() == outer + 2 &&
+                      beta.dim() == outer + 1 && (!g || g->dim() == outer + 1),
+                  "delta_rule: wrong number of dimensions");
+  for (int i = 0; i < outer; i++)
+    STD_TORCH_CHECK(q.size(i) == k.size(i) && q.size(i) == v.size(i) &&
+                        q.size(i) == beta.size(i) && (!g || q.size(i) == g->size(i)),
+                    "delta_rule: batch or time sizes differ");
+  const int64_t H = q.size(outer), HV = v.size(outer), K = q.size(outer + 1);
+  STD_TORCH_CHECK(k.size(outer) == H && k.size(outer + 1) == K && beta.size(outer) == HV &&
+                      (!g || g->size(outer) == HV) && H > 0 && HV % H == 0,
+                  "delta_rule: head counts or dimensions differ");
+  STD_TORCH_CHECK(K >= 1 && K <= kMaxHeadDim && v.size(outer + 1) >= 1 &&
+                      v.size(outer + 1) <= kMaxHeadDim,
+                  "delta_rule: K and V must be 1 to ", kMaxHeadDim);
+  STD_TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(),
+                  "delta_rule: q, k and v must share a dtype");
+}
+
+// Runs task(i, scratch) for i in [0, tasks), each thread taking the next one and owning
+// `scratch_bytes` of scratch.
+template <class F>
+void parallel_tasks(const Tensor& like, int64_t tasks, bool serial, int64_t scratch_bytes,
+                    const F& task) {
+  if (tasks == 0) return;
+  const int64_t threads =
+      serial ? 1 : std::min<int64_t>(tasks, torch::stable::get_num_threads());
+  scratch_bytes = ceil_div(scratch_bytes, 4096) * 4096;
+  Tensor scratch = torch::stable::new_empty(like, {threads * scratch_bytes}, ScalarType::Byte);
+  char* base = static_cast<char*>(scratch.data_ptr());
+  std::atomic<int64_t> next{0};
+  const auto drain = [&](int64_t begin, int64_t) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
+      task(i, base + begin * scratch_bytes);
+  };
+  if (threads == 1) drain(0, 1);
+  else torch::stable::parallel_for(0, threads, 1, drain);
+}
+
+constexpr int64_t kSerialWork = 1 << 17;  // multiply-adds below which a second thread costs more
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                           const Tensor& beta, const std::optional<Tensor>& g,
+                                           double scale,
+                                           const std::optional<Tensor>& initial_state,
+                                           const std::optional<Tensor>& cu_seqlens, bool qk_l2norm,
+                                           bool save_states) {
+  check_shapes(q, k, v, beta, g, 2);
+  const int64_t B = q.size(0), T = q.size(1), H = q.size(2), K = q.size(3);
+  const int64_t HV = v.size(2), V = v.size(3);
+  const std::vector<Sequence> all = sequences(B, T, cu_seqlens);
+  const int64_t N = int64_t(all.size());
+  STD_TORCH_CHECK(!initial_state || (initial_state->dim() == 4 && initial_state->size(0) == N &&
+                                     initial_state->size(1) == HV && initial_state->size(2) == K &&
+                                     initial_state->size(3) == V),
+                  "delta_rule: initial_state must be [N, HV, K, V]");
+
+  const ScalarType state_dtype = accumulator(q);
+  Tensor o = torch::stable::new_empty(q, {B, T, HV, V});
+  Tensor final_state = torch::stable::new_empty(q, {N, HV, K, V}, state_dtype);
+  Tensor states =
+      save_states
+          ? torch::stable::new_empty(q, {checkpoint_rows(B, T, cu_seqlens), HV, K, V}, state_dtype)
+          : torch::stable::new_empty(q, {0}, state_dtype);
+  if (cu_seqlens) zero_uncovered(o, all);
+
+  DeltaRuleForward x{};
+  x.q = view(q, 3);
+  x.k = view(k, 3);
+  x.v = view(v, 3);
+  x.beta = view(beta, 3);
+  x.g = view(g, 3);
+  x.initial_state = view(initial_state, 3);
+  x.o = view(o, 3);
+  x.final_state = static_cast<char*>(final_state.data_ptr());
+  x.states = save_states ? static_cast<char*>(states.data_ptr()) : nullptr;
+  x.H = H;
+  x.HV = HV;
+  x.K = int(K);
+  x.V = int(V);
+  x.scale = scale;
+  x.qk_l2norm = qk_l2norm;
+
+  const DeltaRuleKernels& run = kernels();
+  const bool is_double = state_dtype == ScalarType::Double;
+  const int64_t unit = run.value_block(is_double), units = ceil_div(V, unit), heads = N * HV;
+  const bool serial = B * T * HV * K * V < kSerialWork;
+  const int64_t wanted =
+      serial || heads == 0 ? 1 : ceil_div(int64_t(torch::stable::get_num_threads()), heads);
+  const int64_t width = ceil_div(units, std::min(wanted, units)) * unit;
+  const int64_t blocks = ceil_div(V, width);
+  parallel_tasks(q, heads * blocks, serial, run.forward_scratch(is_double),
+                 [&](int64_t task, void* scratch) {
+                   const int64_t head = task / blocks, begin = task % blocks * width;
+                   run.forward(x, all[head / HV], head % HV, int(begin),
+                               int(std::min(begin + width, V)), scratch);
+                 });
+  return {o, final_state, states};
+}
+
+Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& beta,
+            const std::optional<Tensor>& g, Tensor state, double scale, bool qk_l2norm,
+            const std::optional<Tensor>& state_indices) {
+  check_shapes(q, k, v, beta, g, 1);
+  const int64_t B = q.size(0), H = q.size(1), K = q.size(2), HV = v.size(1), V = v.size(2);
+  STD_TORCH_CHECK(state.dim() == 4 && state.size(1) == HV && state.size(2) == K &&
+                      state.size(3) == V && (state_indices || state.size(0) >= B),
+                  "delta_rule_step: state must be [slots, HV, K, V]");
+  STD_TORCH_CHECK(!state_indices || (state_indices->dim() == 1 && state_indices->size(0) == B),
+                  "delta_rule_step: state_indices must be [B]");
+  Tensor o = torch::stable::new_empty(q, {B, HV, V});
+
+  DeltaRuleStep x{};
+  x.q = view(q, 2);
+  x.k = view(k, 2);
+  x.v = view(v, 2);
+  x.beta = view(beta, 2);
+  x.g = view(g, 2);
+  x.state = view(state, 3);
+  x.o = view(o, 2);
+  x.H = H;
+  x.HV = HV;
+  x.K = int(K);
+  x.V = int(V);
+  x.scale = scale;
+  x.qk_l2norm = qk_l2norm;
+
+  const DeltaRuleKernels& run = kernels();
+  const int64_t slots = state.size(0), grain = std::max<int64_t>(1, kSerialWork / (K * V));
+  const auto range = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t batch = i / HV;
+      const int64_t slot = state_indices ? integer_at(*state_indices, batch) : batch;
+      run.step(x, batch, slot >= 0 && slot < slots ? slot : -1, i % HV);
+    }
+  };
+  if (B * HV <= grain) range(0, B * HV);
+  else torch::stable::parallel_for(0, B * HV, grain, range);
+  return o;
+}
+
+}  // namespace
+}  // namespace fla_ops
+
+STABLE_TORCH_LIBRARY_IMPL(fla_ops, CPU, m) {
+  m.impl("delta_rule_forward", TORCH_BOX(&fla_ops::forward));
+  m.impl("delta_rule_step", TORCH_BOX(&fla_ops::step));
+}

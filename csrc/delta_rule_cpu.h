@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What the torch side of the delta rule (delta_rule_cpu.cpp) hands to its kernels
+// (delta_rule_{base,avx2,avx512}.cpp): plain structs and a table of functions a level.
+#pragma once
+
+#include <stdint.h>
+
+namespace fla_ops {
+
+enum class Type : int { float64, float32, bfloat16, float16 };
+
+constexpr int kMaxHeadDim = 256;
+constexpr int kCheckpointTokens = 64;  // training keeps one state per this many tokens
+
+// A tensor seen by a kernel: strides in elements, outermost first, the last dimension not listed.
+struct View {
+  char* data = nullptr;
+  Type type = Type::float32;
+  int64_t stride[3] = {0, 0, 0};
+};
+
+// One sequence: rows [start, start + length) of batch entry `batch`.
+struct Sequence {
+  int64_t batch, start, length, index, first_checkpoint;
+};
+
+struct DeltaRuleForward {
+  View q, k;              // [B, T, H, K], strides of B, T, H
+  View v;                 // [B, T, HV, V]
+  View beta, g;           // [B, T, HV], strides of all three; g.data may be null
+  View initial_state;     // [N, HV, K, V], strides of N, HV, K; data may be null
+  View o;                 // [B, T, HV, V]
+  char* final_state;      // [N, HV, K, V], contiguous, float or double as the arithmetic
+  char* states;           // [checkpoints, HV, K, V] or null
+  int64_t H, HV;
+  int K, V;
+  double scale;
+  bool qk_l2norm;
+};
+
+struct DeltaRuleStep {
+  View q, k;    // [B, H, K], strides of B, H
+  View v;       // [B, HV, V]
+  View beta, g; // [B, HV], strides of both; g.data may be null
+  View state;   // [slots, HV, K, V], strides of slots, HV, K
+  View o;       // [B, HV, V]
+  int64_t H, HV;
+  int K, V;
+  double scale;
+  bool qk_l2norm;
+};
+
+struct DeltaRuleKernels {
+  // Bytes of 64-aligned scratch that one call of `forward` needs.
+  int64_t (*forward_scratch)(bool is_double);
+  // Columns of V are handed out in multiples of this.
+  int (*value_block)(bool is_double);
+  // One sequence, one value head, columns [v_begin, v_end).
+  void (*forward)(const DeltaRuleForward&, const Sequence&, int64_t value_head, int v_begin,
+                  int v_end, void* scratch);
+  // One batch entry, one value head; slot < 0 skips: the output is 0, no state is touched.
+  void (*step)(const DeltaRuleStep&, int64_t batch, int64_t slot, int64_t value_head);
+};
+
+namespace base { extern const DeltaRuleKernels delta_rule; }
+namespace avx2 { extern const DeltaRuleKernels delta_rule; }
+namespace avx512 { extern const DeltaRuleKernels delta_rule; }
+
+}  // namespace fla_ops
