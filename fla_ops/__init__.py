@@ -10,8 +10,10 @@ if tuple(int(part) for part in _torch.__version__.split("+")[0].split(".")[:2]) 
         f"fla_ops {__version__} needs torch >= 2.11, found {_torch.__version__}. Upgrade with: pip install -U torch"
     )
 
+from . import layers
 from ._backend import FallbackWarning, backends, use_backend
 from ._checks import check_values
+from ._param_groups import param_groups
 from .causal_conv1d import CausalConv1dOutput, causal_conv1d, causal_conv1d_step
 from .delta_rule import DeltaRuleOutput, delta_rule, delta_rule_step
 
@@ -26,5 +28,7 @@ __all__ = [
     "check_values",
     "delta_rule",
     "delta_rule_step",
+    "layers",
+    "param_groups",
     "use_backend",
 ]

@@ -89,11 +89,7 @@ def resolve(op: str, backend: str, device: str, dtype: torch.dtype, *sizes: int)
     A named backend runs or raises RuntimeError with the reason. "auto" takes the table's first that can, and warns
     once per cause when that is the reference.
     """
-    name = _check_name(backend, op)
-    if name == "auto":
-        name = _chosen.name
-    if name == "auto" and ENVIRONMENT in os.environ:
-        name = _check_name(os.environ[ENVIRONMENT], op, f"environment variable {ENVIRONMENT}")
+    name = _asked_for(op, backend)
     rows = table(op)
     if name != "auto":
         reason = why_not(op, name, device, dtype, sizes)
@@ -109,6 +105,25 @@ def resolve(op: str, backend: str, device: str, dtype: torch.dtype, *sizes: int)
             return importlib.import_module(row.module)
         reasons.append(reason)
     raise RuntimeError(f"{op}: no backend can run here: {'; '.join(reasons)}.")
+
+
+def _asked_for(op: str, backend: str) -> str:
+    """The backend that the argument, `use_backend` or the environment names, or "auto"."""
+    name = _check_name(backend, op)
+    if name == "auto":
+        name = _chosen.name
+    if name == "auto" and ENVIRONMENT in os.environ:
+        name = _check_name(os.environ[ENVIRONMENT], op, f"environment variable {ENVIRONMENT}")
+    return name
+
+
+def warn_reference(op: str, cause: str) -> None:
+    """For an option that only the reference has: warn once, or raise if another backend was asked for."""
+    name = _asked_for(op, "auto")
+    if name not in ("auto", "reference"):
+        raise RuntimeError(f"{op}: backend {name!r} cannot run here: {cause}.")
+    if name == "auto":
+        _warn_once(op, [cause])
 
 
 def _warn_once(op: str, reasons: list[str]) -> None:

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The families as `nn.Module`s."""
+
+from ._state import LayerOutput, LayerState
+from .delta_rule import DeltaNet, GatedDeltaNet
+
+__all__ = ["DeltaNet", "GatedDeltaNet", "LayerOutput", "LayerState"]
