@@ -5,10 +5,9 @@ import argparse
 import sys
 
 from . import __version__
+from ._backend import OPS
 from .commands import CommandError
-
-MIXERS = ("deltanet", "gated_deltanet")
-FAMILIES = ("delta_rule", "causal_conv1d")
+from .commands.demo_model import MIXERS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", metavar="PNG", default="fla_ops_demo.png", help="the figure (%(default)s)")
 
     bench = commands.add_parser("bench", help="time every backend beside what people run today, interleaved")
-    bench.add_argument("family", nargs="?", choices=FAMILIES, help="one family only")
+    bench.add_argument("family", nargs="?", choices=OPS, help="one family only")
     bench.add_argument("--all", action="store_true", help="the whole pytest-benchmark suite of a checkout's bench/")
     bench.add_argument("--seconds", type=float, default=2.0, help="per case, short list only (%(default)g)")
 

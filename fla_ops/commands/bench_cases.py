@@ -160,7 +160,7 @@ def _pass(case: Case, function: Callable[..., torch.Tensor]) -> Callable[[Tensor
     return torch.no_grad()(lambda x: function(**x))
 
 
-def _ours(case: Case) -> list[Variant]:
+def _ours(case: Case, reference: bool) -> list[Variant]:
     op = getattr(fla_ops, f"{case.op}_step" if case.kind == STEP else case.op)
     options = {"qk_l2norm": True} if case.op == "delta_rule" else {"activation": "silu"}
 
@@ -173,7 +173,9 @@ def _ours(case: Case) -> list[Variant]:
         run = _pass(case, functools.partial(call, "native"))
         for level in reversed(levels.available()):
             found.append(Variant(f"fla_ops native {level}", run, ours=True, level=level))
-    return [*found, Variant("fla_ops reference", _pass(case, functools.partial(call, "reference")), ours=True)]
+    if reference or not found:
+        found.append(Variant("fla_ops reference", _pass(case, functools.partial(call, "reference")), ours=True))
+    return found
 
 
 def transformers_delta_rule() -> tuple[Callable, Callable] | str:
@@ -257,10 +259,11 @@ def _theirs_conv(case: Case, compiled: bool) -> list[Variant]:
 _THEIRS = {"delta_rule": _theirs_delta_rule, "causal_conv1d": _theirs_conv}
 
 
-def variants(case: Case, compiled: bool = False) -> list[Variant]:
-    """Ours at every level of this machine, the reference, and every baseline that is installed.
+def variants(case: Case, *, reference: bool = False, compiled: bool = False) -> list[Variant]:
+    """Ours at every level of this machine, and every baseline that is installed.
 
-    `compiled` adds the baseline under torch.compile, which needs a C++ compiler and takes minutes for some shapes.
+    `reference` adds our reference, which is also there when nothing else of ours runs. `compiled` adds the baseline
+    under torch.compile, which needs a C++ compiler and takes minutes for some shapes.
     """
     theirs = _THEIRS[case.op]
-    return _ours(case) + theirs(case, False) + (theirs(case, True) if compiled else [])
+    return _ours(case, reference) + theirs(case, False) + (theirs(case, True) if compiled else [])

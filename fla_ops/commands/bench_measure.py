@@ -16,7 +16,7 @@ from fla_ops.testing import assert_matches_reference
 from .bench_cases import BACKWARD, STEP, Case, Tensors, Variant, device, inputs
 
 CHECK_LENGTH = 192  # tokens: several blocks of any kernel, and little enough for a float64 loop with gradients
-MIN_ROUNDS, MAX_ROUNDS = 5, 200
+MIN_ROUNDS, MAX_ROUNDS = 3, 200
 
 
 @dataclass
@@ -103,15 +103,14 @@ def _cpu_clock(variant: Variant, x: Tensors) -> tuple[float, float]:
 
 
 def measure(case: Case, variants: list[Variant], seconds: float) -> list[Timing]:
-    """Time the variants in turn for about `seconds`. Each gets at least 5 rounds; one that is far slower than the
+    """Time the variants in turn for about `seconds`. Each gets at least 3 rounds; one that is far slower than the
     others sits out once it has used its share of the time."""
     clock = _GpuClock() if device() == "cuda" else _cpu_clock
     x = inputs(case)
     timings = [Timing(v) for v in variants]
-    for timing in timings:
-        for _ in range(2):  # warm up: compile, allocate, page in
-            with timing.variant.context():
-                clock(timing.variant, x)
+    for timing in timings:  # warm up: compile, allocate, page in
+        with timing.variant.context():
+            clock(timing.variant, x)
     deadline = time.perf_counter() + seconds
     share = seconds / len(variants)
     for round_ in range(MAX_ROUNDS):
