@@ -11,7 +11,9 @@ from .commands.demo_model import MIXERS
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="fla-ops", description="fla_ops on this machine: what runs, is it right, how fast.")
+    top = argparse.ArgumentParser(
+        prog="fla-ops", description="fla_ops on this machine: what runs, is it right, how fast."
+    )
     top.add_argument("--version", action="version", version=f"fla_ops {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="command")
 

@@ -68,7 +68,9 @@ def run(args: argparse.Namespace) -> int:
     size = sum(p.numel() for p in model.parameters())
     print(f"fla_ops {fla_ops.__version__} on {cpu_name()}, {torch.get_num_threads()} threads; {_backends()}")
     print(f"{DEPTH} blocks of {args.mixer}, width {WIDTH}, {size:,} parameters; one byte is one token")
-    print(f"text: {args.text or 'pydoc_data.topics'}, {len(text):,} bytes to train on, the last {len(held):,} held out\n")
+    print(
+        f"text: {args.text or 'pydoc_data.topics'}, {len(text):,} bytes to train on, the last {len(held):,} held out\n"
+    )
 
     bar_format = "{l_bar}{bar}| {elapsed} {postfix}"
     with tqdm(total=100, desc="training", bar_format=bar_format, mininterval=0.5) as bar:

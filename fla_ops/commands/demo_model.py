@@ -14,9 +14,7 @@ WIDTH, DEPTH, HIDDEN = 128, 3, 192
 # name -> (width, backend) -> layer. About 80 thousand parameters each.
 MIXERS: dict[str, Callable[[int, str], nn.Module]] = {
     "deltanet": lambda d, backend: DeltaNet(d, num_heads=d // 64, use_gate=True, backend=backend),
-    "gated_deltanet": lambda d, backend: GatedDeltaNet(
-        d, expand_v=1, head_dim=64, num_heads=d // 64, backend=backend
-    ),
+    "gated_deltanet": lambda d, backend: GatedDeltaNet(d, expand_v=1, head_dim=64, num_heads=d // 64, backend=backend),
 }
 
 
