@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `fla-ops` console script: arguments here, each command in a file of `fla_ops/commands/`, imported when it runs."""
+"""The `fla-ops` console script: arguments here, each command in a file of `commands/`, imported when it runs."""
 
 import argparse
 import sys
@@ -11,9 +11,7 @@ from .commands.demo_model import MIXERS
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="fla-ops", description="fla_ops on this machine: what runs, is it right, how fast."
-    )
+    top = argparse.ArgumentParser(prog="fla-ops", description="What runs here, is it right, how fast is it.")
     top.add_argument("--version", action="version", version=f"fla_ops {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="command")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The instruction-set levels of the native CPU kernels. The best one is chosen at load; tests and benchmarks force others."""
+"""The instruction-set levels of the native CPU kernels: the best is chosen at load; tests and benchmarks force one."""
 
 import contextlib
 from collections.abc import Iterator
