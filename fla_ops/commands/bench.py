@@ -24,7 +24,9 @@ def run_suite(family: str | None) -> int:
     if not (folder / "conftest.py").exists():
         raise CommandError(f"--all needs a checkout: there is no {folder}. Without it the short list is timed.", code=2)
     target = folder / f"bench_{family}.py" if family else folder
-    return int(pytest.main([str(target)]))
+    results = folder / "results"
+    results.mkdir(exist_ok=True)
+    return int(pytest.main([str(target), f"--benchmark-json={results / 'last.json'}"]))
 
 
 def run_short_list(family: str | None, seconds: float) -> int:

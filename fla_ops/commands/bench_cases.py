@@ -33,7 +33,7 @@ class Variant:
         return levels.use(self.level) if self.level else contextlib.nullcontext()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """One group of the table: an op, a pass and a shape. Sizes are those of the op's docstring."""
 
