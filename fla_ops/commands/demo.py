@@ -43,8 +43,12 @@ def generate(model: LanguageModel, prompt: bytes, count: int, seed: int) -> tupl
 
 
 def _backends() -> str:
+    """What the ops run on, and what to do if that is the reference."""
     chosen = fla_ops.backends()
-    return ", ".join(f"{op}: {chosen[op]['cpu']}" for op in chosen)
+    text = ", ".join(f"{op}: {row['cpu']}" for op, row in chosen.items())
+    if any(row["cpu"] == "reference" for row in chosen.values()):
+        text += "\nWithout compiled kernels little is learnt in the time: see `fla-ops info`, then `fla-ops build`."
+    return text
 
 
 def run(args: argparse.Namespace) -> int:

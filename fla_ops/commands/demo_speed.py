@@ -90,7 +90,7 @@ def training_speed(model: LanguageModel, mixer: str, tokens: Tensor, seconds: fl
     runs = {
         "fla_ops kernels": ("auto", contextlib.nullcontext()),
         plain: ("auto", None),
-        "fla_ops naive reference": ("reference", contextlib.nullcontext()),
+        "naive reference": ("reference", contextlib.nullcontext()),
     }
     steps = {}
     for name, (backend, context) in runs.items():
