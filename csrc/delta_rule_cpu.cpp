@@ -3,8 +3,8 @@
 // The delta rule on the CPU, torch side: internal asserts (argument checks live in Python), tensors
 // to plain views, the parallel loop, registration.
 //
-// Forward is parallel over sequences x value heads, and over blocks of V's columns when that alone
-// leaves threads idle. Tasks are independent and handed out one at a time, so neither the number
+// Both passes are parallel over sequences x value heads, the forward also over blocks of V's columns
+// when that alone leaves threads idle. Tasks are independent and handed out one at a time, so neither the number
 // of threads nor uneven sequence lengths change any result's bits.
 // The kernels are in delta_rule_cpu.inc, built once per instruction level.
 #include "delta_rule_cpu.h"
@@ -154,6 +154,27 @@ void parallel_tasks(const Tensor& like, int64_t tasks, bool serial, int64_t scra
 
 constexpr int64_t kSerialWork = 1 << 17;  // multiply-adds below which a second thread costs more
 
+DeltaRuleForward inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& beta,
+                        const std::optional<Tensor>& g, double scale,
+                        const std::optional<Tensor>& initial_state, const Tensor& states,
+                        bool qk_l2norm) {
+  DeltaRuleForward x{};
+  x.q = view(q, 3);
+  x.k = view(k, 3);
+  x.v = view(v, 3);
+  x.beta = view(beta, 3);
+  x.g = view(g, 3);
+  x.initial_state = view(initial_state, 3);
+  x.states = states.dim() == 4 ? static_cast<char*>(states.data_ptr()) : nullptr;
+  x.H = q.size(2);
+  x.HV = v.size(2);
+  x.K = int(q.size(3));
+  x.V = int(v.size(3));
+  x.scale = scale;
+  x.qk_l2norm = qk_l2norm;
+  return x;
+}
+
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
                                            const Tensor& beta, const std::optional<Tensor>& g,
                                            double scale,
@@ -161,7 +182,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, con
                                            const std::optional<Tensor>& cu_seqlens, bool qk_l2norm,
                                            bool save_states) {
   check_shapes(q, k, v, beta, g, 2);
-  const int64_t B = q.size(0), T = q.size(1), H = q.size(2), K = q.size(3);
+  const int64_t B = q.size(0), T = q.size(1), K = q.size(3);
   const int64_t HV = v.size(2), V = v.size(3);
   const std::vector<Sequence> all = sequences(B, T, cu_seqlens);
   const int64_t N = int64_t(all.size());
@@ -179,22 +200,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, con
           : torch::stable::new_empty(q, {0}, state_dtype);
   if (cu_seqlens) zero_uncovered(o, all);
 
-  DeltaRuleForward x{};
-  x.q = view(q, 3);
-  x.k = view(k, 3);
-  x.v = view(v, 3);
-  x.beta = view(beta, 3);
-  x.g = view(g, 3);
-  x.initial_state = view(initial_state, 3);
+  DeltaRuleForward x = inputs(q, k, v, beta, g, scale, initial_state, states, qk_l2norm);
   x.o = view(o, 3);
   x.final_state = static_cast<char*>(final_state.data_ptr());
-  x.states = save_states ? static_cast<char*>(states.data_ptr()) : nullptr;
-  x.H = H;
-  x.HV = HV;
-  x.K = int(K);
-  x.V = int(V);
-  x.scale = scale;
-  x.qk_l2norm = qk_l2norm;
 
   const DeltaRuleKernels& run = kernels();
   const bool is_double = state_dtype == ScalarType::Double;
@@ -211,6 +219,83 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, con
                                int(std::min(begin + width, V)), scratch);
                  });
   return {o, final_state, states};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& beta,
+    const std::optional<Tensor>& g, double scale, const std::optional<Tensor>& initial_state,
+    const std::optional<Tensor>& cu_seqlens, bool qk_l2norm, const Tensor& states,
+    const Tensor& d_o, const std::optional<Tensor>& d_final_state, int64_t needs) {
+  check_shapes(q, k, v, beta, g, 2);
+  const int64_t B = q.size(0), T = q.size(1), H = q.size(2), K = q.size(3);
+  const int64_t HV = v.size(2), V = v.size(3);
+  const std::vector<Sequence> all = sequences(B, T, cu_seqlens);
+  const int64_t N = int64_t(all.size());
+  const ScalarType exact = accumulator(q);
+  STD_TORCH_CHECK(states.dim() == 4 && states.size(0) == checkpoint_rows(B, T, cu_seqlens) &&
+                      states.size(1) == HV && states.size(2) == K && states.size(3) == V &&
+                      states.scalar_type() == exact && states.is_contiguous(),
+                  "delta_rule: states must be what the forward saved");
+  STD_TORCH_CHECK(d_o.dim() == 4 && d_o.size(0) == B && d_o.size(1) == T && d_o.size(2) == HV &&
+                      d_o.size(3) == V,
+                  "delta_rule: the gradient of o must have its shape");
+  STD_TORCH_CHECK(!d_final_state ||
+                      (d_final_state->dim() == 4 && d_final_state->size(0) == N &&
+                       d_final_state->size(1) == HV && d_final_state->size(2) == K &&
+                       d_final_state->size(3) == V),
+                  "delta_rule: the gradient of final_state must have its shape");
+  if (!g) needs &= ~kNeedG;
+  if (!initial_state) needs &= ~kNeedState;
+
+  const auto make = [&](int bit, std::vector<int64_t> size, ScalarType type) {
+    if (!(needs & bit)) size = {0};
+    Tensor x = torch::stable::new_empty(q, size, type);
+    if (cu_seqlens && (needs & bit) && bit != kNeedState) zero_uncovered(x, all);
+    return x;
+  };
+  const ScalarType type = q.scalar_type();
+  Tensor dq = make(kNeedQ, {B, T, H, K}, type), dk = make(kNeedK, {B, T, H, K}, type);
+  Tensor dv = make(kNeedV, {B, T, HV, V}, type);
+  Tensor dbeta = make(kNeedBeta, {B, T, HV}, beta.scalar_type());
+  Tensor dg = make(kNeedG, {B, T, HV}, g ? g->scalar_type() : type);
+  Tensor d_initial = make(kNeedState, {N, HV, K, V}, exact);
+  // A head group's parts of dq and dk, summed afterwards.
+  const bool grouped = HV != H;
+  Tensor q_parts = dq, k_parts = dk;
+  if (grouped) {
+    q_parts = make(kNeedQ, {B, T, HV, K}, exact);
+    k_parts = make(kNeedK, {B, T, HV, K}, exact);
+  }
+
+  DeltaRuleBackward x{};
+  x.inputs = inputs(q, k, v, beta, g, scale, initial_state, states, qk_l2norm);
+  x.d_o = view(d_o, 3);
+  x.d_final_state = view(d_final_state, 3);
+  x.needs = int(needs);
+  if (needs & kNeedQ) x.dq = view(q_parts, 3);
+  if (needs & kNeedK) x.dk = view(k_parts, 3);
+  if (needs & kNeedV) x.dv = view(dv, 3);
+  if (needs & kNeedBeta) x.dbeta = view(dbeta, 3);
+  if (needs & kNeedG) x.dg = view(dg, 3);
+  if (needs & kNeedState) x.d_initial_state = static_cast<char*>(d_initial.data_ptr());
+
+  const DeltaRuleKernels& run = kernels();
+  const bool is_double = exact == ScalarType::Double;
+  const bool serial = B * T * HV * K * V < kSerialWork;
+  parallel_tasks(q, N * HV, serial, run.backward_scratch(is_double),
+                 [&](int64_t task, void* scratch) {
+                   run.backward(x, all[task / HV], task % HV, scratch);
+                 });
+  const auto sum_group = [&](int bit, const Tensor& parts, Tensor& out) {
+    if (!grouped || !(needs & bit)) return;
+    const HeadSum sum{static_cast<const char*>(parts.data_ptr()),
+                      static_cast<char*>(out.data_ptr()), type_of(out), H, HV / H, int(K)};
+    const auto range = [&](int64_t begin, int64_t end) { run.sum_heads(sum, begin, end); };
+    torch::stable::parallel_for(0, B * T, std::max<int64_t>(1, kSerialWork / (HV * K)), range);
+  };
+  sum_group(kNeedQ, q_parts, dq);
+  sum_group(kNeedK, k_parts, dk);
+  return {dq, dk, dv, dbeta, dg, d_initial};
 }
 
 Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& beta,
@@ -259,5 +344,6 @@ Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bet
 
 STABLE_TORCH_LIBRARY_IMPL(fla_ops, CPU, m) {
   m.impl("delta_rule_forward", TORCH_BOX(&fla_ops::forward));
+  m.impl("delta_rule_backward", TORCH_BOX(&fla_ops::backward));
   m.impl("delta_rule_step", TORCH_BOX(&fla_ops::step));
 }

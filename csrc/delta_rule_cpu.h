@@ -39,6 +39,29 @@ struct DeltaRuleForward {
   bool qk_l2norm;
 };
 
+// Bits of the gradients asked for.
+enum Needs : int { kNeedQ = 1, kNeedK = 2, kNeedV = 4, kNeedBeta = 8, kNeedG = 16, kNeedState = 32 };
+
+struct DeltaRuleBackward {
+  DeltaRuleForward inputs;  // `o`, `final_state` unused; `states` holds the checkpoints
+  View d_o;                 // [B, T, HV, V]
+  View d_final_state;       // [N, HV, K, V]; data may be null
+  View dq, dk;              // [B, T, HV, K]: a value head's own part when HV > H
+  View dv;                  // [B, T, HV, V]
+  View dbeta, dg;           // [B, T, HV]
+  char* d_initial_state;    // [N, HV, K, V], float or double as the arithmetic
+  int needs;                // only these outputs are written
+};
+
+// dst[row, h, :] = sum over a head group's parts src[row, h * group + i, :], in order.
+struct HeadSum {
+  const char* src;  // [rows, H * group, K], float or double
+  char* dst;        // [rows, H, K]
+  Type type;        // of dst
+  int64_t H, group;
+  int K;
+};
+
 struct DeltaRuleStep {
   View q, k;    // [B, H, K], strides of B, H
   View v;       // [B, HV, V]
@@ -59,6 +82,10 @@ struct DeltaRuleKernels {
   // One sequence, one value head, columns [v_begin, v_end).
   void (*forward)(const DeltaRuleForward&, const Sequence&, int64_t value_head, int v_begin,
                   int v_end, void* scratch);
+  // The same for `backward`: one sequence, one value head.
+  int64_t (*backward_scratch)(bool is_double);
+  void (*backward)(const DeltaRuleBackward&, const Sequence&, int64_t value_head, void* scratch);
+  void (*sum_heads)(const HeadSum&, int64_t row_begin, int64_t row_end);
   // One batch entry, one value head; slot < 0 skips: the output is 0, no state is touched.
   void (*step)(const DeltaRuleStep&, int64_t batch, int64_t slot, int64_t value_head);
 };

@@ -37,6 +37,12 @@ STABLE_TORCH_LIBRARY(fla_ops, m) {
       "delta_rule_forward(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, float scale, "
       "Tensor? initial_state, Tensor? cu_seqlens, bool qk_l2norm, bool save_states) "
       "-> (Tensor o, Tensor final_state, Tensor states)");
+  // needs: which gradients to compute, 1 q, 2 k, 4 v, 8 beta, 16 g, 32 initial_state.
+  m.def(
+      "delta_rule_backward(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, float scale, "
+      "Tensor? initial_state, Tensor? cu_seqlens, bool qk_l2norm, Tensor states, Tensor do, "
+      "Tensor? dfinal_state, int needs) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbeta, "
+      "Tensor dg, Tensor dinitial_state)");
   m.def(
       "delta_rule_step(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor(a!) state, "
       "float scale, bool qk_l2norm, Tensor? state_indices) -> Tensor");
