@@ -24,6 +24,16 @@ STABLE_TORCH_LIBRARY(fla_ops, m) {
   m.def("_cpu_level() -> int");
   m.def("_set_cpu_level(int level) -> ()");
   m.def(
+      "causal_conv1d_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, "
+      "Tensor? cu_seqlens, bool silu) -> (Tensor y, Tensor final_state)");
+  m.def(
+      "causal_conv1d_backward(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, "
+      "Tensor? cu_seqlens, bool silu, Tensor dy, Tensor? dfinal_state, int needs) "
+      "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)");
+  m.def(
+      "causal_conv1d_step(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) state, bool silu, "
+      "Tensor? state_indices) -> Tensor");
+  m.def(
       "delta_rule_forward(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, float scale, "
       "Tensor? initial_state, Tensor? cu_seqlens, bool qk_l2norm, bool save_states) "
       "-> (Tensor o, Tensor final_state, Tensor states)");

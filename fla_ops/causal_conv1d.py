@@ -9,7 +9,10 @@ from . import _checks
 from ._autograd import first_order_only
 from ._backend import Backend, resolve
 
-_BACKENDS = (Backend("reference", "fla_ops.reference.causal_conv1d"),)
+_BACKENDS = (
+    Backend("native", "fla_ops._native.causal_conv1d", devices=("cpu",)),
+    Backend("reference", "fla_ops.reference.causal_conv1d"),
+)
 
 MAX_WIDTH = 8
 

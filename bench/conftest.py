@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark harness: every variant of a case is checked, all are timed in turn, and each is one benchmark entry.
+
+Cases, variants, checks and timing live in `fla_ops/commands/bench_*.py`, which `fla-ops bench` shares. This file feeds
+the times to pytest-benchmark, and keeps a CSV row for each and a figure a family in `bench/results/`.
+"""
+
+import csv
+import ctypes
+import datetime
+import functools
+import importlib.metadata
+import re
+import statistics
+import subprocess
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+import fla_ops
+from fla_ops import _build
+from fla_ops.commands import bench_cases, bench_measure
+from fla_ops.commands.info import cpu_name
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+LONGEST_BAR = 20.0  # times our best; a slower variant's bar is cut there, and says so
+PACKAGES = ("torch", "triton", "transformers", "fla-core", "flash-qla")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--seconds", type=float, default=4.0, help="per case and group, shared by its variants")
+    parser.addoption("--compiled", action="store_true", help="also time the baselines under torch.compile (slow)")
+
+
+# Limits of the machine, measured once a session.
+
+
+@functools.cache
+def fma_rate() -> float | None:
+    """float32 multiply-add GFLOP/s of all threads, or None without a C++ compiler."""
+    compiler = _build.compiler()
+    if compiler is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        library = f"{folder}/fma_rate.so"
+        flags = ["-O3", "-march=native", "-shared", "-fPIC"]
+        subprocess.run([compiler, *flags, "-o", library, str(HERE / "fma_rate.cpp")], check=True)
+        rate = ctypes.CDLL(library).fma_rate
+    rate.restype, rate.argtypes = ctypes.c_double, [ctypes.c_double]
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool:  # a foreign call releases the interpreter lock
+        # The median: a round whose threads did not overlap would count a core that two hyperthreads share twice.
+        return statistics.median(sum(pool.map(rate, [0.4] * threads)) for _ in range(5))
+
+
+@functools.cache
+def copy_bandwidth() -> float:
+    """GB/s of a copy far larger than any cache, reads and writes counted."""
+    source = torch.ones(64 << 20, device=bench_cases.device())
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(6):
+        start = time.perf_counter()
+        target.copy_(source)
+        if source.is_cuda:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * source.numel() * 4 / best / 1e9
+
+
+@functools.cache
+def provenance() -> dict[str, str]:
+    commit = subprocess.run(["git", "-C", str(HERE), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    versions = []
+    for name in PACKAGES:
+        try:
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    device = torch.cuda.get_device_name() if bench_cases.device() == "cuda" else cpu_name()
+    return {
+        "device": device,
+        "threads": str(torch.get_num_threads()),
+        "versions": f"fla_ops {fla_ops.__version__}, {', '.join(versions)}",
+        "commit": commit.stdout.strip() or "unknown",
+    }
+
+
+# One benchmark an entry, all entries of a case timed together.
+
+
+class ReplayClock:
+    """The clock that pytest-benchmark reads: it advances by what a call took when all variants took turns."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def play(self, seconds: float) -> None:
+        self.now += seconds
+
+
+clock = ReplayClock()
+rows: list[dict] = []
+
+
+@functools.cache
+def timings(case: bench_cases.Case, compiled: bool, seconds: float) -> tuple[dict, dict]:
+    """(variant name -> Timing, variant name -> a note on its exactness) of one case."""
+    found = bench_cases.variants(case, reference=True, compiled=compiled)
+    notes = bench_measure.check(case, found)
+    return {t.variant.name: t for t in bench_measure.measure(case, found, seconds)}, notes
+
+
+def pytest_generate_tests(metafunc):
+    """A benchmark `bench_<op>(case, variant, record)` runs for every case of its op and every variant of the case."""
+    if "variant" not in metafunc.fixturenames:
+        return
+    op = metafunc.function.__name__.removeprefix("bench_")
+    compiled = metafunc.config.getoption("--compiled")
+    pairs = [
+        pytest.param(
+            case,
+            v.name,
+            id=f"{case.kind}-{case.label}-{v.name}".replace(" ", "_"),
+            marks=pytest.mark.benchmark(group=case.group, timer=clock, disable_gc=True),
+        )
+        for case in bench_cases.CASES
+        if case.op == op
+        for v in bench_cases.variants(case, reference=True, compiled=compiled)
+    ]
+    metafunc.parametrize(("case", "variant"), pairs)
+
+
+@pytest.fixture
+def record(benchmark, request):
+    """record(case, variant): enter the variant's times, and what they mean, as this benchmark."""
+
+    def enter(case: bench_cases.Case, variant: str) -> None:
+        compiled, seconds = (request.config.getoption(o) for o in ("--compiled", "--seconds"))
+        measured, notes = timings(case, compiled, seconds)
+        timing = measured[variant]
+        calls = iter(timing.wall)
+        benchmark.pedantic(lambda: clock.play(next(calls)), rounds=len(timing.wall))
+        flops, moved = bench_cases.work(case)
+        gflops, gbs, fma = flops / timing.median / 1e9, moved / timing.median / 1e9, fma_rate()
+        on_cpu = bench_cases.device() == "cpu"
+        info = {
+            "op": case.op,
+            "pass": case.kind,
+            "shape": case.label,
+            "variant": variant,
+            "median_ms": round(timing.median * 1e3, 4),
+            "cpu_ms": round(timing.cpu_median * 1e3, 4),
+            "gflop_s": round(gflops, 2),
+            "gb_s": round(gbs, 2),
+            "share_of_fma": round(gflops / fma, 3) if fma and on_cpu else "",
+            "share_of_copy": round(gbs / copy_bandwidth(), 3),
+            "exactness": notes.get(variant, ""),
+        }
+        benchmark.extra_info.update(info | provenance())
+        rows.append(info)
+
+    return enter
+
+
+# What is kept.
+
+
+def _finish_rows() -> None:
+    """Each row's time over that of our best entry in its group."""
+    ours: dict[tuple, float] = {}
+    key = ("op", "pass", "shape")
+    for row in rows:
+        if row["variant"].startswith("fla_ops"):
+            group = tuple(row[k] for k in key)
+            ours[group] = min(ours.get(group, float("inf")), row["median_ms"])
+    for row in rows:
+        row["time_over_ours"] = round(row["median_ms"] / ours[tuple(row[k] for k in key)], 2)
+
+
+def _append_csv(path: Path) -> None:
+    when = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M")
+    known = {"date": when} | provenance()
+    known |= {"fma_gflop_s": round(fma_rate() or 0, 1), "copy_gb_s": round(copy_bandwidth(), 1)}
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [*known, *rows[0]])
+        if new:
+            writer.writeheader()
+        writer.writerows(known | row for row in rows)
+
+
+def _draw(op: str, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    mine = [row for row in rows if row["op"] == op]
+    groups = list(dict.fromkeys((row["pass"], row["shape"]) for row in mine))
+    columns = 3
+    height = -(-len(groups) // columns)
+    figure, axes = plt.subplots(height, columns, figsize=(17, 2.6 * height), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(groups) :]:
+        axis.axis("off")
+    for axis, (kind, shape) in zip(axes.flat, groups, strict=False):
+        bars = [row for row in mine if (row["pass"], row["shape"]) == (kind, shape)]
+        names = [row["variant"] for row in bars]
+        colors = ["#1b6ca8" if n.startswith("fla_ops") else "#9aa5b1" for n in names]
+        ratios = [row["time_over_ours"] for row in bars]
+        axis.barh(names, [min(r, LONGEST_BAR) for r in ratios], color=colors)
+        for i, row in enumerate(bars):
+            label = f" {row['median_ms']:.3g} ms, {ratios[i]:.3g}x{' (bar cut)' * (ratios[i] > LONGEST_BAR)}"
+            axis.text(min(ratios[i], LONGEST_BAR), i, label, va="center", fontsize=8)
+        axis.invert_yaxis()
+        axis.margins(x=0.6)
+        axis.set_title(f"{kind}  {shape}", fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    known = provenance()
+    where = f"{known['device']}, {known['threads']} threads, {known['versions']}"
+    figure.suptitle(f"{op}: median time over our best; {where}")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def pytest_sessionfinish(session, exitstatus):
+    if not rows:
+        return
+    _finish_rows()
+    slug = re.sub(r"\W+", "-", f"{provenance()['device']} {provenance()['threads']} threads").strip("-").lower()
+    RESULTS.mkdir(exist_ok=True)
+    _append_csv(RESULTS / f"{slug}.csv")
+    print(f"\nrows appended to {RESULTS / f'{slug}.csv'}")
+    for op in dict.fromkeys(row["op"] for row in rows):
+        path = RESULTS / f"{slug}-{op}.png"
+        _draw(op, path)
+        print(f"figure: {path}")

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Timing one case: every variant is checked against the float64 reference, then all take turns, round after round.
+
+Turns make ratios fair on a machine whose speed drifts. Medians are reported, and the processor time of each call.
+"""
+
+import importlib
+import statistics
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from fla_ops.testing import assert_matches_reference
+
+from .bench_cases import BACKWARD, STEP, Case, Tensors, Variant, device, inputs
+
+CHECK_LENGTH = 192  # tokens: several blocks of any kernel, and little enough for a float64 loop with gradients
+MIN_ROUNDS, MAX_ROUNDS = 3, 200
+
+
+@dataclass
+class Timing:
+    variant: Variant
+    wall: list[float] = field(default_factory=list)  # seconds a call
+    cpu: list[float] = field(default_factory=list)  # processor seconds a call, all threads
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.wall)
+
+    @property
+    def cpu_median(self) -> float:
+        return statistics.median(self.cpu)
+
+
+def _reference(case: Case, x: Tensors, low: torch.dtype | None) -> tuple[torch.Tensor, ...]:
+    """The pass on the reference: in float64, or in the case's dtype with operands rounded to `low`."""
+    op = getattr(importlib.import_module(f"fla_ops.reference.{case.op}"), case.op)
+    leaves = {n: t.detach() if n == "cu_seqlens" else t.detach().clone() for n, t in x.items() if n != "do"}
+    if low is None:
+        leaves = {n: t if n == "cu_seqlens" else t.double() for n, t in leaves.items()}
+    options = {"qk_l2norm": True} if case.op == "delta_rule" else {"activation": "silu"}
+    if case.kind == STEP:
+        state = leaves.pop("state")
+        tokens = ("q", "k", "v", "beta", "g") if case.op == "delta_rule" else ("x",)
+        axis = 1 if case.op == "delta_rule" else 2
+        leaves = {n: t.unsqueeze(axis) if n in tokens else t for n, t in leaves.items()}
+        return (op(**leaves, initial_state=state, operand_dtype=low, **options)[0].squeeze(axis),)
+    if case.kind != BACKWARD:
+        return (op(**leaves, operand_dtype=low, **options)[0],)
+    wanted = [t.requires_grad_() for n, t in leaves.items() if n != "cu_seqlens"]
+    o = op(**leaves, operand_dtype=low, **options)[0]
+    return o, *torch.autograd.grad(o, wanted, x["do"].to(o.dtype))
+
+
+def check(case: Case, variants: list[Variant]) -> dict[str, str]:
+    """Variant name -> what is wrong with its results. A wrong result of ours raises: its time means nothing.
+
+    Baselines that miss our tolerance are timed and marked.
+    """
+    length = None if case.kind == STEP else CHECK_LENGTH
+    x = inputs(case, length)
+    low = None if case.dtype == torch.float64 else case.dtype
+    ref64, ref_low = _reference(case, x, None), _reference(case, x, low)
+    notes = {}
+    for variant in variants:
+        with variant.context():
+            got = variant.call(inputs(case, length))
+        got = got if isinstance(got, tuple) else (got,)
+        for i, (a, r, l) in enumerate(zip(got, ref64, ref_low, strict=True)):
+            try:
+                name = f"{variant.name}, {case.group}, {'gradient' if i else 'output'} {i}"
+                assert_matches_reference(a, r, l, name, gradient=i > 0, seed=0)
+            except AssertionError as error:
+                if variant.ours:
+                    raise
+                notes[variant.name] = str(error)
+    return notes
+
+
+class _GpuClock:
+    """CUDA events around a call, with the L2 cache flushed before it."""
+
+    def __init__(self):
+        self.flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+
+    def __call__(self, variant: Variant, x: Tensors) -> tuple[float, float]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.flush.zero_()
+        cpu = time.process_time()
+        start.record()
+        variant.call(x)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3, time.process_time() - cpu
+
+
+def _cpu_clock(variant: Variant, x: Tensors) -> tuple[float, float]:
+    cpu, wall = time.process_time(), time.perf_counter()
+    variant.call(x)
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def measure(case: Case, variants: list[Variant], seconds: float) -> list[Timing]:
+    """Time the variants in turn for about `seconds`. Each gets at least 3 rounds; one that is far slower than the
+    others sits out once it has used its share of the time."""
+    clock = _GpuClock() if device() == "cuda" else _cpu_clock
+    x = inputs(case)
+    timings = [Timing(v) for v in variants]
+    for timing in timings:  # warm up: compile, allocate, page in
+        with timing.variant.context():
+            clock(timing.variant, x)
+    deadline = time.perf_counter() + seconds
+    share = seconds / len(variants)
+    for round_ in range(MAX_ROUNDS):
+        if round_ >= MIN_ROUNDS and time.perf_counter() > deadline:
+            break
+        for timing in timings:
+            if round_ >= MIN_ROUNDS and sum(timing.wall) > share:
+                continue
+            with timing.variant.context():
+                wall, cpu = clock(timing.variant, x)
+            timing.wall.append(wall)
+            timing.cpu.append(cpu)
+    return timings

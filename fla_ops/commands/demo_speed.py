@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training speed of the demo's model on our kernels, on the naive reference, and on a chunked form in plain torch."""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Iterator
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+
+from ..layers import _conv as conv_layer
+from ..layers import delta_rule as delta_layer
+from .bench_cases import transformers_delta_rule
+from .demo_model import LanguageModel
+from .demo_train import ROWS, WINDOW, Optimizer, train_step
+
+Tensor = torch.Tensor
+
+
+def chunked_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, state: Tensor | None, chunk: int = 64
+) -> tuple[Tensor, Tensor]:
+    """The chunkwise form with torch operators (arXiv 2412.06464 section 3.3), what one would write without kernels.
+
+    q, k `[B, T, H, K]` normalised, v `[B, T, H, V]`, beta, g `[B, T, H]`, state `[B, H, K, V]` -> (o, state).
+    """
+    B, T, H, K = q.shape
+    pad = -T % chunk
+    q, k, v = (F.pad(x, (0, 0, 0, 0, 0, pad)).transpose(1, 2).unflatten(2, (-1, chunk)) for x in (q, k, v))
+    beta, g = (F.pad(x, (0, 0, 0, pad)).transpose(1, 2).unflatten(2, (-1, chunk)) for x in (beta, g))
+    S = q.new_zeros(B, H, K, v.shape[-1]) if state is None else state
+    G = g.cumsum(-1)
+    lower = torch.ones(chunk, chunk, dtype=torch.bool).tril()
+    decay = (G[..., :, None] - G[..., None, :]).masked_fill(~lower, -torch.inf).exp()
+    A = beta[..., None] * (k @ k.mT) * decay
+    eye = torch.eye(chunk)
+    solve = torch.linalg.solve_triangular(A.tril(-1) + eye, eye.expand_as(A), upper=False, unitriangular=True)
+    W, U = solve @ (k * (beta * G.exp())[..., None]), solve @ (v * beta[..., None])
+    P, outputs = (q @ k.mT) * decay, []
+    for i in range(q.shape[2]):
+        u = U[:, :, i] - W[:, :, i] @ S
+        outputs.append((q[:, :, i] * G[:, :, i, :, None].exp()) @ S + P[:, :, i] @ u)
+        last = G[:, :, i, -1:]
+        S = S * last[..., None].exp() + (k[:, :, i] * (last - G[:, :, i])[..., None].exp()).mT @ u
+    o = torch.stack(outputs, 2).flatten(2, 3)[:, :, :T].transpose(1, 2)
+    return o * K**-0.5, S
+
+
+def _own(q, k, v, beta, g, state):
+    q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
+    return chunked_delta_rule(q, k, v, beta, g, state)
+
+
+def plain_torch() -> tuple[str, object]:
+    """(name, function) of the plain-torch chunked form: transformers' where it is installed, else our own."""
+    found = transformers_delta_rule()
+    if isinstance(found, str):
+        return "plain torch, chunked", _own
+
+    def theirs(q, k, v, beta, g, state):
+        options = {"initial_state": state, "output_final_state": True, "use_qk_l2norm_in_kernel": True}
+        return found[0](q, k, v, g=g, beta=beta, **options)
+
+    return "plain torch, transformers' chunked", theirs
+
+
+@contextlib.contextmanager
+def _layers_on(function) -> Iterator[None]:
+    """For the timing alone: the layers call `function`, and F.conv1d, in place of our ops."""
+
+    def delta(q, k, v, beta, g=None, *, initial_state, **_):
+        g = torch.zeros_like(beta) if g is None else g
+        return function(q, k, v, beta, g, initial_state)
+
+    def conv(x, weight, bias=None, *, initial_state=None, output_final_state=False, activation=None, **_):
+        state = x.new_zeros(*x.shape[:2], weight.shape[1] - 1) if initial_state is None else initial_state
+        x = torch.cat([state, x], -1)
+        y = F.conv1d(x, weight[:, None], bias, groups=x.shape[1])
+        return (F.silu(y) if activation else y), x[..., 1 - weight.shape[1] :]
+
+    with mock.patch.object(delta_layer, "delta_rule", delta), mock.patch.object(conv_layer, "causal_conv1d", conv):
+        yield
+
+
+def training_speed(model: LanguageModel, mixer: str, tokens: Tensor, seconds: float) -> dict[str, float]:
+    """Name -> training tokens a second, from medians of steps that take turns for about `seconds` each."""
+    plain, function = plain_torch()
+    runs = {
+        "fla_ops kernels": ("auto", contextlib.nullcontext()),
+        plain: ("auto", None),
+        "naive reference": ("reference", contextlib.nullcontext()),
+    }
+    steps = {}
+    for name, (backend, context) in runs.items():
+        copy = LanguageModel(mixer, backend)
+        copy.load_state_dict(model.state_dict())
+        steps[name] = (copy, Optimizer(copy), context)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    deadline = time.perf_counter() + seconds * len(steps)
+    while time.perf_counter() < deadline or len(times[plain]) < 3:  # the first turn warms up
+        for name, (copy, optimizer, context) in steps.items():
+            if sum(times[name]) > seconds and len(times[name]) > 1:
+                continue
+            with context or _layers_on(function):
+                start = time.perf_counter()
+                train_step(copy, optimizer, tokens, None, 0.99)
+                times[name].append(time.perf_counter() - start)
+    return {name: ROWS * WINDOW / statistics.median(t[1:]) for name, t in times.items()}

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo's training recipe and its held-out measure.
+
+A few rows of text are read side by side, a window a step, and every row's recurrent state is carried from window to
+window (detached): the model learns to use a context far longer than what one step sees, and is measured the same way.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .demo_model import LanguageModel
+
+ROWS, WINDOW = 8, 256  # bytes a step: 2,048
+STEPS = 1200  # about six readings of the default text; a slow machine stops at the time limit instead
+WARMUP = 0.03  # of the run; the rates rise over it, then fall linearly to zero
+MATRIX_RATE, OTHER_RATE = 0.02, 0.003
+LIMIT_TESTS = 4  # held-out measurements before the last
+
+
+@dataclass
+class Curve:
+    """What the figure draws: seconds since the start, and bits per byte."""
+
+    train: list[tuple[float, float]] = field(default_factory=list)
+    held: list[tuple[float, float]] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+def as_tensor(text: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+
+
+def windows(text: torch.Tensor, generator: torch.Generator) -> Iterator[tuple[torch.Tensor, bool]]:
+    """(tokens `[ROWS, WINDOW + 1]`, whether the text starts over), without end.
+
+    Each reading starts at another random place of the ring that the text forms, so that the cuts fall elsewhere.
+    """
+    length = text.shape[0] // ROWS
+    while True:
+        start = int(torch.randint(text.shape[0], (), generator=generator))
+        rows = text.roll(-start)[: ROWS * length].view(ROWS, length)
+        for i, at in enumerate(range(0, length - WINDOW, WINDOW)):
+            yield rows[:, at : at + WINDOW + 1], i == 0
+
+
+class Optimizer:
+    """Muon for the matrices inside the blocks, AdamW for everything else, one schedule for both."""
+
+    def __init__(self, model: LanguageModel):
+        inside = [p for p in model.blocks.parameters() if p.ndim == 2]
+        chosen = {id(p) for p in inside}
+        others = [p for p in model.parameters() if id(p) not in chosen]
+        self.parts = [
+            torch.optim.Muon(inside, lr=MATRIX_RATE, weight_decay=0.1),
+            torch.optim.AdamW(others, lr=OTHER_RATE, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+        ]
+
+    def step(self, progress: float) -> None:
+        factor = min(1.0, (progress + 1e-3) / WARMUP) * (1 - progress)
+        for part, rate in zip(self.parts, (MATRIX_RATE, OTHER_RATE), strict=True):
+            for group in part.param_groups:
+                group["lr"] = rate * factor
+            part.step()
+            part.zero_grad()
+
+
+def train_step(
+    model: LanguageModel, optimizer: Optimizer, tokens: torch.Tensor, states: list | None, progress: float
+) -> tuple[float, list]:
+    """One step on `[ROWS, WINDOW + 1]`: (bits per byte, the states after the window)."""
+    logits, states = model(tokens[:, :-1], states)
+    loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step(progress)
+    return loss.item() / math.log(2), [state.detach() for state in states]
+
+
+@torch.no_grad()
+def bits_per_byte(model: LanguageModel, before: torch.Tensor, held: torch.Tensor, window: int = 4096) -> float:
+    """Every byte of `held` predicted once, the state carried from the first to the last; it starts from `before`."""
+    nats, states, last = 0.0, None, before[-1:]
+    if before.shape[0] > 1:
+        _, states = model(before[None, :-1])
+    for part in held.split(window):
+        logits, states = model(torch.cat([last, part[:-1]])[None], states)
+        nats += F.cross_entropy(logits[0], part, reduction="sum").item()
+        last = part[-1:]
+    return nats / math.log(2) / held.shape[0]
+
+
+def train(model: LanguageModel, text: torch.Tensor, held: torch.Tensor, seconds: float, seed: int, bar) -> Curve:
+    """Train until STEPS steps or `seconds`, held-out measurements included; `bar` is a tqdm bar that counts to 100."""
+    curve, optimizer, states = Curve(), Optimizer(model), None
+    tests = [i / (LIMIT_TESTS + 1) for i in range(LIMIT_TESTS, 0, -1)]
+    start, smooth, step_time = time.perf_counter(), None, 0.0
+    for step, (tokens, starts_over) in enumerate(windows(text, torch.Generator().manual_seed(seed))):
+        elapsed = time.perf_counter() - start
+        progress = max(step / STEPS, (elapsed + step_time) / seconds)
+        if progress >= 1:
+            break
+        bits, states = train_step(model, optimizer, tokens, None if starts_over else states, progress)
+        smooth = bits if smooth is None else 0.95 * smooth + 0.05 * bits
+        curve.tokens += ROWS * WINDOW
+        now = time.perf_counter() - start
+        step_time = now - elapsed
+        curve.train.append((now, smooth))
+        if tests and progress >= tests[-1]:
+            tests.pop()
+            curve.held.append((now, bits_per_byte(model, text[-WINDOW:], held)))
+        bar.n = round(100 * progress, 1)
+        bar.set_postfix_str(f"{smooth:.3f} bpb, {curve.tokens / now / 1e3:.1f}k tokens/s", refresh=False)
+        bar.update(0)
+    curve.seconds = time.perf_counter() - start
+    bar.n = 100
+    bar.refresh()
+    return curve

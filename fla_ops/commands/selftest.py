@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fla-ops selftest`: every op on every backend that runs here, against the float64 reference, in under a minute.
+
+Small inputs with odd sizes, a head group, an initial state, and gradients of everything through both results. The
+tolerance is that of the test suite, `fla_ops.testing.assert_matches_reference`.
+"""
+
+import argparse
+import contextlib
+import importlib
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+import fla_ops
+from fla_ops._backend import NAMES, OPS, why_not
+from fla_ops._native import levels
+from fla_ops.testing import assert_matches_reference
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    inputs: Tensors  # float64, with "initial_state" among them
+    main: tuple[str, ...]  # the inputs in the dtype under test; the others stay float32
+    options: dict[str, object]
+    step: Callable[..., torch.Tensor]  # (token inputs, state, options, backend) -> the outputs of all steps
+
+
+def _delta_rule() -> Case:
+    B, T, H, HV, K, V = 2, 70, 2, 4, 20, 36
+    x = {"q": torch.randn(B, T, H, K), "k": torch.randn(B, T, H, K), "v": torch.randn(B, T, HV, V)}
+    x |= {"beta": torch.rand(B, T, HV), "g": F.logsigmoid(torch.randn(B, T, HV) + 2)}
+    x |= {"initial_state": torch.randn(B, HV, K, V)}
+
+    def step(inputs: Tensors, state: torch.Tensor, options: dict, backend: str) -> torch.Tensor:
+        tokens = [{n: t[:, i] for n, t in inputs.items()} for i in range(T)]
+        return torch.stack([fla_ops.delta_rule_step(**x, state=state, backend=backend, **options) for x in tokens], 1)
+
+    return Case(x, ("q", "k", "v"), {"qk_l2norm": True}, step)
+
+
+def _causal_conv1d() -> Case:
+    B, D, L, W = 2, 37, 70, 4
+    x = {"x": torch.randn(B, D, L), "weight": torch.randn(D, W), "bias": torch.randn(D)}
+    x |= {"initial_state": torch.randn(B, D, W - 1)}
+
+    def step(inputs: Tensors, state: torch.Tensor, options: dict, backend: str) -> torch.Tensor:
+        x, rest = inputs["x"], {n: t for n, t in inputs.items() if n != "x"}
+        return torch.stack(
+            [fla_ops.causal_conv1d_step(x[..., i], **rest, state=state, backend=backend, **options) for i in range(L)],
+            -1,
+        )
+
+    return Case(x, ("x",), {"activation": "silu"}, step)
+
+
+CASES = {"delta_rule": _delta_rule, "causal_conv1d": _causal_conv1d}
+
+
+def _cast(case: Case, dtype: torch.dtype, device: str) -> Tensors:
+    side = torch.promote_types(dtype, torch.float32)
+    return {n: t.to(device, dtype if n in case.main else side) for n, t in case.inputs.items()}
+
+
+def _run(function: Callable, inputs: Tensors, options: dict) -> Tensors:
+    """Both results, and the gradient of every input through both."""
+    leaves = {n: t.detach().clone().requires_grad_() for n, t in inputs.items()}
+    out, state = function(**leaves, output_final_state=True, **options)
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in (out, state)]
+    grads = torch.autograd.grad((out, state), list(leaves.values()), weights)
+    return {"output": out, "final_state": state} | {f"d{n}": d for n, d in zip(leaves, grads, strict=True)}
+
+
+def _check(op: str, case: Case, backend: str, dtype: torch.dtype, device: str) -> None:
+    reference = getattr(importlib.import_module(f"fla_ops.reference.{op}"), op)
+    rounded = _cast(case, dtype, device)
+    ref64 = _run(reference, {n: t.double() for n, t in rounded.items()}, case.options)
+    ref_low = _run(reference, rounded, case.options | {"operand_dtype": None if dtype == torch.float64 else dtype})
+    actual = _run(getattr(fla_ops, op), rounded, case.options | {"backend": backend})
+    for name, x in actual.items():
+        gradient = name not in ("output", "final_state")
+        assert_matches_reference(x, ref64[name], ref_low[name], f"{op} {name}", gradient=gradient, seed=0)
+    state = rounded.pop("initial_state").clone()
+    with torch.no_grad():
+        steps = case.step(rounded, state, case.options, backend)
+    assert_matches_reference(steps, ref64["output"], ref_low["output"], f"{op}_step", seed=0)
+    low = ref_low["final_state"].to(state.dtype)
+    assert_matches_reference(state, ref64["final_state"], low, f"{op}_step state", seed=0)
+
+
+def _places(op: str) -> list[tuple[str, str, str | None]]:
+    """(backend, device, CPU level to force) of everything that can run here."""
+    places = []
+    for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
+        for backend in NAMES:
+            if why_not(op, backend, device, torch.float32, ()) is None:
+                native = backend == "native" and device == "cpu"
+                places += [(backend, device, level) for level in (levels.available() if native else (None,))]
+    return places
+
+
+def run(args: argparse.Namespace) -> int:
+    start, failed, total = time.perf_counter(), 0, 0
+    for op in OPS:
+        torch.manual_seed(0)
+        case = CASES[op]()
+        for backend, device, level in _places(op):
+            where = f"{backend} ({level})" if level else f"{backend} ({device})"
+            for dtype in DTYPES:
+                began, total = time.perf_counter(), total + 1
+                line = f"{op:<26} {where:<18} {str(dtype).removeprefix('torch.'):<9}"
+                try:
+                    with levels.use(level) if level else contextlib.nullcontext():
+                        _check(op, case, backend, dtype, device)
+                except Exception as error:  # any failure is this line's result; the other lines still run
+                    failed += 1
+                    print(f"FAIL {line} {type(error).__name__}: {error}", flush=True)
+                else:
+                    seconds = time.perf_counter() - began
+                    print(f"ok   {line} output, final state, gradients, step  {seconds:5.2f} s", flush=True)
+    took = time.perf_counter() - start
+    print(f"{total - failed} of {total} checks passed in {took:.0f} s.", file=sys.stderr if failed else sys.stdout)
+    return 1 if failed else 0
