@@ -226,6 +226,7 @@ SIGNATURES = {
     ),
     "backends": "() -> dict[str, dict]",
     "check_values": "(on: bool) -> None",
+    "param_groups": "(model: torch.nn.modules.module.Module, weight_decay: float) -> list[dict]",
     "use_backend": "(name: str)",
     "CausalConv1dOutput": f"(y: {T}, final_state: {T} | None)",
     "DeltaRuleOutput": f"(o: {T}, final_state: {T} | None)",
