@@ -5,7 +5,7 @@ import torch
 
 from . import load
 
-_load_error = load()
+_load_error = load("delta_rule_forward", "delta_rule_backward", "delta_rule_step")
 MAX_HEAD_DIM = 256
 BLOCK = 64  # tokens per saved state
 
