@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every test runs under: poisoned allocations, fixed seeds, and the backends this machine has."""
 
-import contextlib
-
 import pytest
 import torch
 
@@ -60,35 +58,15 @@ def native():
     return "native"
 
 
-@contextlib.contextmanager
-def _forced(level: int):
-    best = torch.ops.fla_ops._cpu_level()
-    torch.ops.fla_ops._set_cpu_level(level)
-    try:
-        yield
-    finally:
-        torch.ops.fla_ops._set_cpu_level(best)
-
-
 @pytest.fixture(params=LEVELS, ids=LEVELS.values())
 def cpu_level(request, native):
     """Each instruction-set level of the native library that this processor has."""
-    if request.param > torch.ops.fla_ops._cpu_level():
+    best = torch.ops.fla_ops._cpu_level()
+    if request.param > best:
         pytest.skip(f"this processor has no {LEVELS[request.param]}")
-    with _forced(request.param):
-        yield request.param
-
-
-@pytest.fixture
-def all_levels(native):
-    """`for level in all_levels(): ...` runs the body once per level, restoring the best one at the end."""
-
-    def levels():
-        for level in range(torch.ops.fla_ops._cpu_level() + 1):
-            with _forced(level):
-                yield level
-
-    return levels
+    torch.ops.fla_ops._set_cpu_level(request.param)
+    yield request.param
+    torch.ops.fla_ops._set_cpu_level(best)
 
 
 @pytest.fixture
