@@ -33,15 +33,28 @@ def _poisoned(allocate):
 def poison(request, monkeypatch):
     """NaN in all memory that Python code takes uninitialised. Tests of torch's own compilers opt out."""
     if "no_poison" in request.keywords:
+        yield
         return
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
     monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
+    # The same for what C++ takes: with this switch ATen fills every allocation, those of our own library included.
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def choose_afresh():
+    """Tests break backends on purpose; the choice is cached."""
+    _backend._first_that_runs.cache_clear()
+    yield
+    _backend._first_that_runs.cache_clear()
 
 
 @pytest.fixture(params=BACKENDS)
