@@ -35,6 +35,7 @@ class BuildNative(build_ext):
         try:
             build.build_native(ROOT / "csrc", target)
         except build.BuildError as error:
+            target.unlink(missing_ok=True)  # a library of older sources must not be installed in its place
             print(f"fla_ops: the native CPU library was not built: {error}", file=sys.stderr)
             print("fla_ops: installing without it; `fla-ops build` tries again.", file=sys.stderr)
 

@@ -6,6 +6,7 @@ backend's module; modules are imported on first use.
 """
 
 import importlib
+import operator
 import os
 import sys
 import threading
@@ -36,6 +37,7 @@ class _Chosen(threading.local):
 
 
 _chosen = _Chosen()
+_loaded = ModuleType("the backend modules in use, as attributes {op}_{backend}")
 _warned: set[tuple[str, str]] = set()
 
 
@@ -80,31 +82,47 @@ def why_not(op: str, name: str, device: str, dtype: torch.dtype, sizes: tuple[in
     return importlib.import_module(row.module).why_not(device, dtype, *sizes)
 
 
-# Traced code sees the result as a constant: every argument is a string, a dtype or a static int, and the imports,
-# the environment and the warning below stay out of the graph.
-@torch.compiler.assume_constant_result
 def resolve(op: str, backend: str, device: str, dtype: torch.dtype, *sizes: int) -> ModuleType:
-    """The module that runs `op` on tensors of this device type, dtype and static sizes.
+    """The module that runs `op` on tensors of this device type, dtype and head or channel sizes.
 
     A named backend runs or raises RuntimeError with the reason. "auto" takes the table's first that can, and warns
     once per cause when that is the reference.
     """
+    # index() makes a plain int of a size that torch.compile holds for dynamic.
+    return getattr(_loaded, _choose(op, backend, device, dtype, *(operator.index(size) for size in sizes)))
+
+
+def _choose(op: str, backend: str, device: str, dtype: torch.dtype, *sizes: int) -> str:
+    """The attribute of `_loaded` that `resolve` asks for."""
     name = _asked_for(op, backend)
     rows = table(op)
     if name != "auto":
         reason = why_not(op, name, device, dtype, sizes)
         if reason:
             raise RuntimeError(f"{op}: backend {name!r} cannot run here: {reason}.")
-        return importlib.import_module(next(row for row in rows if row.name == name).module)
+        return _load(op, next(row for row in rows if row.name == name))
     reasons = []
     for row in rows:
         reason = why_not(op, row.name, device, dtype, sizes)
         if reason is None:
             if row.name == "reference":
                 _warn_once(op, reasons)
-            return importlib.import_module(row.module)
+            return _load(op, row)
         reasons.append(reason)
     raise RuntimeError(f"{op}: no backend can run here: {'; '.join(reasons)}.")
+
+
+# Traced code sees the result as a constant: every argument is a string, a dtype or a static int, and the imports, the
+# environment and the warning stay out of the graph. Dynamo cannot look into a module that is a constant, so the
+# constant is a name, and `resolve` reads the module from `_loaded`. torch.compiler.assume_constant_result does just
+# this, after an import of torch._dynamo that takes over a second.
+_choose._dynamo_marked_constant = True
+
+
+def _load(op: str, row: Backend) -> str:
+    attribute = f"{op}_{row.name}"
+    setattr(_loaded, attribute, importlib.import_module(row.module))
+    return attribute
 
 
 def _asked_for(op: str, backend: str) -> str:
@@ -134,7 +152,7 @@ def _warn_once(op: str, reasons: list[str]) -> None:
             f"{op} runs on the slow reference: {cause}. Run `fla-ops info` to see what this machine can use; "
             'backend="reference" asks for the reference without this warning.',
             FallbackWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

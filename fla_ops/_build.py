@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
-DEFINES = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x030a0000"]
+DEFINES = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
 # Each instruction-set level is one file per kernel, named by its suffix, with flags of its own.
 LEVEL_FLAGS = {
     "_base": [],

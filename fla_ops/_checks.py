@@ -155,6 +155,9 @@ def step_state(op: str, x: torch.Tensor, expected: dict[str, int | None], device
     if x.dtype not in MAIN_DTYPES:
         raise bad(TypeError, op, "state", f"one of {_names(MAIN_DTYPES)}", x.dtype)
     shape(op, "state", x, expected)
+    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+        strides = f"strides {list(x.stride())}"
+        raise bad(ValueError, op, "state", "free of overlapping memory", strides, "It is written in place: clone it.")
     if x.device != device:
         raise ValueError(f"{op}: all tensors must be on one device, got state: {x.device}, others: {device}.")
 

@@ -4,9 +4,9 @@
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from . import _checks
+from ._autograd import first_order_only
 from ._backend import Backend, resolve
 
 _BACKENDS = (
@@ -34,7 +34,7 @@ class _CausalConv1d(torch.autograd.Function):
         return y, final_state
 
     @staticmethod
-    @once_differentiable
+    @first_order_only("causal_conv1d")
     def backward(ctx, dy, dfinal_state):
         needs = ctx.needs_input_grad[:4]
         grads = ctx.impl.backward(*ctx.saved_tensors, dy, dfinal_state, activation=ctx.activation, needs=needs)

@@ -4,9 +4,9 @@
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from . import _checks
+from ._autograd import first_order_only
 from ._backend import Backend, resolve
 
 _BACKENDS = (
@@ -22,10 +22,10 @@ class DeltaRuleOutput(NamedTuple):
 
 class _DeltaRule(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, beta, g, initial_state, cu_seqlens, scale, qk_l2norm, backend):
+    def forward(ctx, q, k, v, beta, g, initial_state, cu_seqlens, scale, qk_l2norm, backend, grad_mode):
         impl = resolve("delta_rule", backend, q.device.type, q.dtype, q.shape[-1], v.shape[-1])
         inputs = (q, k, v, beta, g, initial_state, cu_seqlens)
-        save = any(ctx.needs_input_grad)
+        save = grad_mode and any(ctx.needs_input_grad)
         o, final_state, states = impl.forward(*inputs, scale=scale, qk_l2norm=qk_l2norm, save_states=save)
         if save:
             ctx.save_for_backward(*inputs, states)
@@ -33,7 +33,7 @@ class _DeltaRule(torch.autograd.Function):
         return o, final_state
 
     @staticmethod
-    @once_differentiable
+    @first_order_only("delta_rule")
     def backward(ctx, do, dfinal_state):
         grads = ctx.impl.backward(
             *ctx.saved_tensors,
@@ -43,7 +43,7 @@ class _DeltaRule(torch.autograd.Function):
             qk_l2norm=ctx.qk_l2norm,
             needs=ctx.needs_input_grad[:6],
         )
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
 def delta_rule(
@@ -117,7 +117,10 @@ def delta_rule(
             qk_l2norm=qk_l2norm,
         )
     else:
-        o, final_state = _DeltaRule.apply(q, k, v, beta, g, initial_state, cu_seqlens, scale, qk_l2norm, backend)
+        grad_mode = torch.is_grad_enabled()  # always off inside of a Function's forward
+        o, final_state = _DeltaRule.apply(
+            q, k, v, beta, g, initial_state, cu_seqlens, scale, qk_l2norm, backend, grad_mode
+        )
     return DeltaRuleOutput(o, final_state if output_final_state else None)
 
 

@@ -19,14 +19,14 @@ def why_not(device: str, dtype: torch.dtype, *sizes: int) -> str | None:
     return None
 
 
-def _rows(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _rows(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """The kernels take any outer strides and need each row contiguous."""
-    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
+    return tuple(t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tensors)
 
 
 def forward(q, k, v, beta, g, initial_state, cu_seqlens, *, scale, qk_l2norm, save_states):
     """(o, final_state, states): `states` are the checkpoints that `backward` starts from, empty unless asked for."""
-    q, k, v = _rows(q, k, v)
+    q, k, v, initial_state = _rows(q, k, v, initial_state)
     return torch.ops.fla_ops.delta_rule_forward(
         q, k, v, beta, g, scale, initial_state, cu_seqlens, qk_l2norm, save_states
     )
@@ -49,7 +49,7 @@ def backward(
     needs,
 ):
     """Gradients of q, k, v, beta, g and initial_state, None where `needs` is False."""
-    q, k, v, do = _rows(q, k, v, do)
+    q, k, v, do, initial_state, dfinal_state = _rows(q, k, v, do, initial_state, dfinal_state)
     mask = sum(bit << i for i, bit in enumerate(needs))
     grads = torch.ops.fla_ops.delta_rule_backward(
         q,
@@ -74,8 +74,11 @@ def backward(
 
 def step(q, k, v, beta, g, *, state, scale, qk_l2norm, state_indices):
     """o; `state` is written in place."""
-    q, k, v = _rows(q, k, v)
-    return torch.ops.fla_ops.delta_rule_step(q, k, v, beta, g, state, scale, qk_l2norm, state_indices)
+    q, k, v, rows = _rows(q, k, v, state)
+    o = torch.ops.fla_ops.delta_rule_step(q, k, v, beta, g, rows, scale, qk_l2norm, state_indices)
+    if rows is not state:  # a transposed view: the kernel wrote a copy
+        state.copy_(rows)
+    return o
 
 
 def _register_fakes() -> None:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the step loops share: the compute dtype, operand rounding, and the walk over packed sequences."""
 
+import functools
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -19,8 +21,28 @@ def rounding(operand_dtype: torch.dtype | None) -> Callable[[torch.Tensor], torc
 
 
 def sequences(cu_seqlens: torch.Tensor | None, batch: int, length: int) -> list[tuple[slice, slice]]:
-    """(batch rows, time steps) of what can run in one loop: the whole batch, or each packed sequence."""
+    """(batch rows, time steps) of what can run in one loop: the whole batch, or each packed sequence.
+
+    Boundaries that could not be checked are clamped to rise from 0 to `length` at most.
+    """
     if cu_seqlens is None:
         return [(slice(0, batch), slice(0, length))]
-    bounds = [min(max(b, 0), length) for b in cu_seqlens.tolist()]
-    return [(slice(0, 1), slice(a, max(a, b))) for a, b in zip(bounds, bounds[1:], strict=False)]
+    bounds = list(itertools.accumulate((min(max(b, 0), length) for b in cu_seqlens.tolist()), max))
+    return [(slice(0, 1), slice(a, b)) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def without_autocast(op: Callable) -> Callable:
+    """Decorates an op on tensors of one device: autocast would run its matrix products in low precision.
+
+    The public functions have cast the main tensors by then; the arithmetic inside stays in the compute dtype.
+    """
+
+    @functools.wraps(op)
+    def run(*args, **options):
+        device = next(x.device.type for x in (*args, *options.values()) if isinstance(x, torch.Tensor))
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            return op(*args, **options)
+        with torch.autocast(device, enabled=False):
+            return op(*args, **options)
+
+    return run

@@ -8,7 +8,7 @@ Yang et al. 2024, arXiv 2406.06484 (g = 0) and arXiv 2412.06464 (gated).
 
 import torch
 
-from ._loops import compute_dtype, rounding, sequences
+from ._loops import compute_dtype, rounding, sequences, without_autocast
 
 
 def l2norm(x: torch.Tensor) -> torch.Tensor:
@@ -16,6 +16,7 @@ def l2norm(x: torch.Tensor) -> torch.Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
 
+@without_autocast
 def delta_rule(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -65,10 +66,10 @@ def delta_rule(
             S = S + torch.einsum("bhk,bhv->bhkv", k[rows, t], low(u))
             outputs.append(scale * torch.einsum("bhkv,bhk->bhv", low(S), q[rows, t]))
         states.append(S)
-    # Rows past the last packed sequence stay zero.
     o = torch.stack(outputs, 1) if outputs else q.new_zeros(B, 0, HV, V)
-    if o.shape[1] < T:
-        o = torch.cat([o, o.new_zeros(B, T - o.shape[1], HV, V)], 1)
+    if o.shape[1] < T:  # rows that no packed sequence covers are zero
+        before = parts[0][1].start if parts else 0
+        o = torch.nn.functional.pad(o, (0, 0, 0, 0, before, T - before - o.shape[1]))
     final = None
     if output_final_state:
         final = torch.cat(states) if states else q.new_zeros(0, HV, K, V)
