@@ -5,6 +5,7 @@ A family file holds a literal table of `Backend` records, best first. `resolve` 
 backend's module; modules are imported on first use.
 """
 
+import functools
 import importlib
 import operator
 import os
@@ -94,7 +95,12 @@ def resolve(op: str, backend: str, device: str, dtype: torch.dtype, *sizes: int)
 
 def _choose(op: str, backend: str, device: str, dtype: torch.dtype, *sizes: int) -> str:
     """The attribute of `_loaded` that `resolve` asks for."""
-    name = _asked_for(op, backend)
+    return _first_that_runs(op, _asked_for(op, backend), device, dtype, sizes)
+
+
+@functools.cache  # what can run does not change while a process lives, and every call asks
+def _first_that_runs(op: str, name: str, device: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> str:
+    """`_choose` once the environment has been read: `name` is a backend or "auto"."""
     rows = table(op)
     if name != "auto":
         reason = why_not(op, name, device, dtype, sizes)
@@ -152,7 +158,7 @@ def _warn_once(op: str, reasons: list[str]) -> None:
             f"{op} runs on the slow reference: {cause}. Run `fla-ops info` to see what this machine can use; "
             'backend="reference" asks for the reference without this warning.',
             FallbackWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
 
 

@@ -15,7 +15,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
 # Each instruction-set level is one file per kernel, named by its suffix, with flags of its own.
 LEVEL_FLAGS = {

@@ -76,8 +76,10 @@ def side_tensor(op: str, name: str, x: object, main: torch.dtype) -> None:
 
 def shape(op: str, name: str, x: torch.Tensor, expected: dict[str, int | None], hint: str = "") -> None:
     """`expected` maps each dimension's letter to its size, None for any."""
-    sizes = tuple(expected.values())
-    if x.dim() == len(sizes) and all(e is None or e == s for e, s in zip(sizes, x.shape, strict=True)):
+    sizes, found = tuple(expected.values()), x.shape
+    if found == sizes:  # the common case, and far cheaper than looking for None
+        return
+    if len(found) == len(sizes) and all(e is None or e == s for e, s in zip(sizes, found, strict=True)):
         return
     want = ", ".join(k if v is None else f"{k}={v}" for k, v in expected.items())
     raise bad(ValueError, op, name, f"of shape [{want}]", list(x.shape), hint)

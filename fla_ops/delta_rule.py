@@ -187,7 +187,8 @@ def _check(op, q, k, v, beta, g, time: str | None) -> None:
             continue
         _checks.side_tensor(op, name, x, q.dtype)
         hint = "There is no broadcasting: use expand."
-        if time and x.dim() == 3 and tuple(x.shape) == (q.shape[0], HV, q.shape[1]):
+        # Under torch.compile the lengths that agree are one symbol: the rest of the condition then guards nothing.
+        if time and x.dim() == 3 and x.shape[1] != q.shape[1] and tuple(x.shape) == (q.shape[0], HV, q.shape[1]):
             hint = "It looks like [B, HV, T]: transpose(1, 2)."
         _checks.shape(op, name, x, sizes | {"HV": HV}, hint)
     _checks.same_device(op, "q", q=q, k=k, v=v, beta=beta, g=g)

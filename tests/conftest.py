@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every test runs under: poisoned allocations, fixed seeds, and the backends this machine has."""
 
-import contextlib
-
 import pytest
 import torch
 
@@ -35,15 +33,28 @@ def _poisoned(allocate):
 def poison(request, monkeypatch):
     """NaN in all memory that Python code takes uninitialised. Tests of torch's own compilers opt out."""
     if "no_poison" in request.keywords:
+        yield
         return
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
     monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
+    # The same for what C++ takes: with this switch ATen fills every allocation, those of our own library included.
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def choose_afresh():
+    """Tests break backends on purpose; the choice is cached."""
+    _backend._first_that_runs.cache_clear()
+    yield
+    _backend._first_that_runs.cache_clear()
 
 
 @pytest.fixture(params=BACKENDS)
@@ -60,35 +71,15 @@ def native():
     return "native"
 
 
-@contextlib.contextmanager
-def _forced(level: int):
-    best = torch.ops.fla_ops._cpu_level()
-    torch.ops.fla_ops._set_cpu_level(level)
-    try:
-        yield
-    finally:
-        torch.ops.fla_ops._set_cpu_level(best)
-
-
 @pytest.fixture(params=LEVELS, ids=LEVELS.values())
 def cpu_level(request, native):
     """Each instruction-set level of the native library that this processor has."""
-    if request.param > torch.ops.fla_ops._cpu_level():
+    best = torch.ops.fla_ops._cpu_level()
+    if request.param > best:
         pytest.skip(f"this processor has no {LEVELS[request.param]}")
-    with _forced(request.param):
-        yield request.param
-
-
-@pytest.fixture
-def all_levels(native):
-    """`for level in all_levels(): ...` runs the body once per level, restoring the best one at the end."""
-
-    def levels():
-        for level in range(torch.ops.fla_ops._cpu_level() + 1):
-            with _forced(level):
-                yield level
-
-    return levels
+    torch.ops.fla_ops._set_cpu_level(request.param)
+    yield request.param
+    torch.ops.fla_ops._set_cpu_level(best)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import fla_ops
+from fla_ops.layers import GatedDeltaNet
 
 
 class Mixer(torch.nn.Module):
@@ -30,6 +31,13 @@ class Mixer(torch.nn.Module):
         return self.out(o.flatten(-2))
 
 
+def two_layers(backend):
+    """The op by hand, then the layer."""
+    return torch.nn.Sequential(
+        Mixer(backend=backend), GatedDeltaNet(hidden_size=16, num_heads=2, head_dim=8, backend=backend)
+    )
+
+
 def gradients(model, x):
     model(x).square().mean().backward()
     return [p.grad for p in model.parameters()]
@@ -39,7 +47,7 @@ def main(rank, world, file, backend, result):
     rank, world = int(rank), int(world)
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
     torch.manual_seed(0)
-    model, x = Mixer(backend=backend), torch.randn(world, 70, 16)
+    model, x = two_layers(backend), torch.randn(world, 70, 16)
     found = gradients(DistributedDataParallel(model), x[rank : rank + 1])
     torch.save(found, f"{result}.{rank}")
     torch.distributed.destroy_process_group()

@@ -195,6 +195,16 @@ def test_backends_reports_a_missing_library(broken):
     assert "not built" in report["why_not"]["native"]
 
 
+def test_a_library_of_older_sources_is_a_reason(native):
+    """After an update without a rebuild: no operator of the new version is missing at the first call."""
+    from fla_ops._native import load
+
+    assert load("delta_rule_forward") is None
+    assert load("an_op_of_the_next_version") == (
+        "the native library is older than this package; run `fla-ops build` to rebuild it"
+    )
+
+
 def test_the_tables_are_best_first():
     order = {name: i for i, name in enumerate(_backend.NAMES)}
     for op in _backend.OPS:
@@ -226,6 +236,7 @@ SIGNATURES = {
     ),
     "backends": "() -> dict[str, dict]",
     "check_values": "(on: bool) -> None",
+    "param_groups": "(model: torch.nn.modules.module.Module, weight_decay: float) -> list[dict]",
     "use_backend": "(name: str)",
     "CausalConv1dOutput": f"(y: {T}, final_state: {T} | None)",
     "DeltaRuleOutput": f"(o: {T}, final_state: {T} | None)",

@@ -10,7 +10,7 @@ import functools
 import pytest
 import torch
 from delta_rule_cases import bounds, call, check, one_thread, random_cotangents, random_inputs, results
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fla_ops
@@ -85,7 +85,6 @@ HEAD_DIMS = [
     (100, 96),
     (256, 32),  # K != V, both ways, up to the limit
     (32, 256),
-    (1, 1),
     (3, 5),
 ]
 LENGTHS = [1, 2, 15, 16, 17, 63, 64, 65, 128, 200]  # around every likely tile and chunk edge
@@ -96,7 +95,8 @@ GATES = [
     -1e-6,
     -1.0,
     -20.0,
-    -90.0,  # exp underflows in float32
+    -87.0,  # exp is the smallest normal float32
+    -120.0,  # exp is 0 in float32, not in float64
     -1e4,
     -float("inf"),
     0.0,
@@ -108,6 +108,13 @@ GATES = [
 @pytest.mark.parametrize("gate", [None, "normal"], ids=["plain", "gated"])
 def test_head_dimensions(backend, K, V, gate):
     check(backend, random_inputs(T=70, HV=2, K=K, V=V, gate=gate, state=torch.float32))
+
+
+@dtypes
+@pytest.mark.parametrize("K, V", [(1, 1), (1, 9), (9, 1), (2, 2), (4, 4)])
+def test_tiny_head_dimensions(backend, K, V, dtype):
+    """With so few channels keys are parallel: products of (1 - beta) cancel below the rounding of a chunk's sums."""
+    check(backend, random_inputs(B=2, T=70, H=3, HV=6, K=K, V=V, dtype=dtype, state=torch.float32))
 
 
 @dtypes
@@ -192,7 +199,8 @@ def test_gradients_through_one_result_only(backend, through):
         return (o * do.to(o.dtype)).sum() if through == "o" else (final * ds).sum()
 
     x = {n: t.clone().requires_grad_() for n, t in inputs.items()}
-    loss(functools.partial(fla_ops.delta_rule, backend=backend), x).backward()
+    with one_thread():
+        loss(functools.partial(fla_ops.delta_rule, backend=backend), x).backward()
     for name, leaf in x.items():
         if through == "final_state" and name == "q":  # the state does not depend on queries
             assert leaf.grad is None or not leaf.grad.any()
@@ -248,26 +256,34 @@ def test_gradcheck_over_a_chunk_edge(backend):
         assert torch.autograd.gradcheck(op, leaves, fast_mode=True)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # a backend's name does not change
+)
 @given(data=st.data())
 def test_any_shape(native, data):
     """Shapes nobody thought of, through every option at once."""
     draw = data.draw
+    dtype = draw(st.sampled_from(DTYPES))
+    least = 1 if dtype == torch.float64 else 8  # an RMS over a handful of elements is luck
     H, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    qk_l2norm = draw(st.booleans())
     inputs = random_inputs(
         B=draw(st.integers(1, 3)),
-        T=draw(st.integers(1, 140)),
+        T=draw(st.integers(least, 140)),
         H=H,
         HV=H * group,
-        K=draw(st.integers(1, 70)),
-        V=draw(st.integers(1, 70)),
-        dtype=draw(st.sampled_from(DTYPES)),
+        K=draw(st.integers(max(least, 2), 70)),
+        V=draw(st.integers(least, 70)),
+        dtype=dtype,
         gate=draw(st.sampled_from([None, "normal", "resets"])),
-        keys=draw(st.sampled_from(["unit", "zeros"])),
+        keys="zeros" if qk_l2norm else "unit",
         state=draw(st.sampled_from([None, torch.float32, torch.bfloat16])),
         seed=draw(st.integers(0, 10**6)),
     )
-    check(native, inputs, qk_l2norm=draw(st.booleans()))
+    check(native, inputs, qk_l2norm=qk_l2norm)
 
 
 # Every instruction-set level of the native library: the shapes that reach each kernel's main loop and its tails.
@@ -281,7 +297,7 @@ def test_any_shape(native, data):
         {"T": 66, "K": 128, "V": 128, "HV": 4},
         {"T": 33, "K": 17, "V": 60, "gate": "resets"},
         {"T": 65, "K": 96, "V": 100, "gate": None},
-        {"T": 3, "K": 1, "V": 1},
+        {"T": 3, "H": 3, "HV": 6, "K": 3, "V": 5},
     ],
     ids=lambda c: "-".join(f"{k}{v}" for k, v in c.items()),
 )

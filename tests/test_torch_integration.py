@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ddp_worker import Mixer, gradients
+from ddp_worker import Mixer, gradients, two_layers
 from delta_rule_cases import TENSORS, bounds, call, leaves, random_cotangents, random_inputs, results
 from torch.utils.checkpoint import checkpoint
 
@@ -75,14 +75,14 @@ def test_compiles_whole_without_recompiling_for_lengths(native):
 
 @compiled_tests
 def test_compiles_with_static_lengths_once_then_dynamic(native):
-    """Default settings: the second length makes T dynamic, further lengths reuse that."""
+    """Default settings: the second length makes T dynamic; one block or several are two graphs; then never again."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     counter = CompileCounterWithBackend("aot_eager")
     op = torch.compile(whole, fullgraph=True, backend=counter)
-    for T in (130, 64, 65, 33, 200, 90):
+    for T in (130, 64, 65, 33, 200, 90, 2, 500):
         trained(op, random_inputs(T=T, state=torch.float32), native)
-    assert counter.frame_count <= 2
+    assert counter.frame_count <= 3
 
 
 @compiled_tests
@@ -185,7 +185,10 @@ def raw_calls():
 def test_opcheck(native):
     seen = set()
     for name, arguments in raw_calls():
-        torch.library.opcheck(getattr(torch.ops.fla_ops, name).default, arguments)
+        tests = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+        if name == "delta_rule_forward" and arguments[7] is not None and arguments[9]:
+            tests.pop()  # compares all of `states`, of which packed sequences leave rows unused
+        torch.library.opcheck(getattr(torch.ops.fla_ops, name).default, arguments, test_utils=tests)
         seen.add(name)
     assert seen == {"delta_rule_forward", "delta_rule_backward", "delta_rule_step"}
 
@@ -371,7 +374,7 @@ def test_two_processes_of_data_parallel_training(backend, tmp_path):
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
     torch.manual_seed(0)
-    expected = gradients(Mixer(backend=backend), torch.randn(2, 70, 16))
+    expected = gradients(two_layers(backend), torch.randn(2, 70, 16))
     for rank in range(2):
         for found, grad in zip(torch.load(tmp_path / f"gradients.{rank}"), expected, strict=True):
             torch.testing.assert_close(found, grad, rtol=1e-4, atol=1e-6)

@@ -5,7 +5,7 @@ import torch
 
 from . import load
 
-_load_error = load()
+_load_error = load("delta_rule_forward", "delta_rule_backward", "delta_rule_step")
 MAX_HEAD_DIM = 256
 BLOCK = 64  # tokens per saved state
 
@@ -24,12 +24,25 @@ def _rows(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     return tuple(t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tensors)
 
 
+def _widened(q: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether to compute float32 tensors in float64.
+
+    With a handful of channels many keys of a chunk are parallel, and a product of (1 - beta) cancels to less than the
+    rounding of the chunk's sums; the step loop, which sums nothing, keeps it. For such heads float64 costs little.
+    """
+    return q.dtype == torch.float32 and min(q.shape[-1], v.shape[-1]) <= 8
+
+
 def forward(q, k, v, beta, g, initial_state, cu_seqlens, *, scale, qk_l2norm, save_states):
     """(o, final_state, states): `states` are the checkpoints that `backward` starts from, empty unless asked for."""
+    narrow = _widened(q, v)
+    if narrow:
+        q, k, v = q.double(), k.double(), v.double()
     q, k, v, initial_state = _rows(q, k, v, initial_state)
-    return torch.ops.fla_ops.delta_rule_forward(
+    o, final_state, states = torch.ops.fla_ops.delta_rule_forward(
         q, k, v, beta, g, scale, initial_state, cu_seqlens, qk_l2norm, save_states
     )
+    return (o.float(), final_state.float(), states) if narrow else (o, final_state, states)
 
 
 def backward(
@@ -49,6 +62,9 @@ def backward(
     needs,
 ):
     """Gradients of q, k, v, beta, g and initial_state, None where `needs` is False."""
+    narrow = _widened(q, v)
+    if narrow:
+        q, k, v, do = q.double(), k.double(), v.double(), do.double()
     q, k, v, do, initial_state, dfinal_state = _rows(q, k, v, do, initial_state, dfinal_state)
     mask = sum(bit << i for i, bit in enumerate(needs))
     grads = torch.ops.fla_ops.delta_rule_backward(
@@ -67,6 +83,8 @@ def backward(
         mask,
     )
     grads = [d if need else None for d, need in zip(grads, needs, strict=True)]
+    if narrow:
+        grads[:3] = (None if d is None else d.float() for d in grads[:3])
     if grads[5] is not None:
         grads[5] = grads[5].to(initial_state.dtype)
     return grads

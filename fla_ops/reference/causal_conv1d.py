@@ -33,8 +33,9 @@ def causal_conv1d(
     low = rounding(operand_dtype)
     tap, signal = low(weight.to(dtype)), x.to(dtype)
 
+    parts = sequences(cu_seqlens, B, L)
     outputs, states = [], []
-    for n, (rows, steps) in enumerate(sequences(cu_seqlens, B, L)):
+    for n, (rows, steps) in enumerate(parts):
         count, length = rows.stop - rows.start, steps.stop - steps.start
         if initial_state is None:
             state = signal.new_zeros(count, D, W - 1)
@@ -51,10 +52,10 @@ def causal_conv1d(
             z = z + tap[:, w, None] * low(inputs)[:, :, w : w + length]
         outputs.append(z if activation is None else z * torch.sigmoid(z))
         states.append(inputs[:, :, length:])
-    # Columns past the last packed sequence stay zero.
     y = torch.cat(outputs, 2) if outputs else signal.new_zeros(B, D, 0)
-    if y.shape[2] < L:
-        y = torch.cat([y, y.new_zeros(B, D, L - y.shape[2])], 2)
+    if y.shape[2] < L:  # columns that no packed sequence covers are zero
+        before = parts[0][1].start if parts else 0
+        y = torch.nn.functional.pad(y, (before, L - before - y.shape[2]))
     final = None
     if output_final_state:
         final = torch.cat(states) if states else signal.new_zeros(0, D, W - 1)
