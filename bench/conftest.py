@@ -10,8 +10,8 @@ import ctypes
 import datetime
 import functools
 import importlib.metadata
+import os
 import re
-import statistics
 import subprocess
 import tempfile
 import time
@@ -52,10 +52,16 @@ def fma_rate() -> float | None:
         subprocess.run([compiler, *flags, "-o", library, str(HERE / "fma_rate.cpp")], check=True)
         rate = ctypes.CDLL(library).fma_rate
     rate.restype, rate.argtypes = ctypes.c_double, [ctypes.c_double]
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+    def one(thread: int) -> float:  # a foreign call releases the interpreter lock
+        if cores:  # else the scheduler may leave two threads on one core all the while
+            os.sched_setaffinity(0, {cores[thread % len(cores)]})
+        return rate(0.4)
+
     threads = torch.get_num_threads()
-    with ThreadPoolExecutor(threads) as pool:  # a foreign call releases the interpreter lock
-        # The median: a round whose threads did not overlap would count a core that two hyperthreads share twice.
-        return statistics.median(sum(pool.map(rate, [0.4] * threads)) for _ in range(5))
+    with ThreadPoolExecutor(threads) as pool:
+        return max(sum(pool.map(one, range(threads))) for _ in range(5))
 
 
 @functools.cache

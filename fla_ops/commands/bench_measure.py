@@ -4,7 +4,10 @@
 Turns make ratios fair on a machine whose speed drifts. Medians are reported, and the processor time of each call.
 """
 
+import ctypes
+import functools
 import importlib
+import platform
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -17,6 +20,7 @@ from .bench_cases import BACKWARD, STEP, Case, Tensors, Variant, device, inputs
 
 CHECK_LENGTH = 192  # tokens: several blocks of any kernel, and little enough for a float64 loop with gradients
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
+SHORTEST_TURN = 2e-3  # seconds: a call of microseconds is repeated, and its turn is their mean
 
 
 @dataclass
@@ -85,42 +89,63 @@ class _GpuClock:
     def __init__(self):
         self.flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
 
-    def __call__(self, variant: Variant, x: Tensors) -> tuple[float, float]:
+    def __call__(self, variant: Variant, x: Tensors, calls: int) -> tuple[float, float]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.flush.zero_()
         cpu = time.process_time()
         start.record()
-        variant.call(x)
+        for _ in range(calls):
+            variant.call(x)
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3, time.process_time() - cpu
+        return start.elapsed_time(end) / 1e3 / calls, (time.process_time() - cpu) / calls
 
 
-def _cpu_clock(variant: Variant, x: Tensors) -> tuple[float, float]:
+def _cpu_clock(variant: Variant, x: Tensors, calls: int) -> tuple[float, float]:
+    if calls > 1:  # what the last turn left in the caches counts against nobody
+        variant.call(x)
     cpu, wall = time.process_time(), time.perf_counter()
-    variant.call(x)
-    return time.perf_counter() - wall, time.process_time() - cpu
+    for _ in range(calls):
+        variant.call(x)
+    return (time.perf_counter() - wall) / calls, (time.process_time() - cpu) / calls
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed. Otherwise, depending on what the process did before, each call takes its outputs
+    from fresh pages, and the page faults cost more than the work: seen 8 ms in place of 0.6. For every variant alike."""
+    if platform.libc_ver()[0] == "glibc":
+        mmap_threshold, trim_threshold = -3, -1
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 32 << 20)  # the most it takes
+        libc.mallopt(trim_threshold, 1 << 30)
 
 
 def measure(case: Case, variants: list[Variant], seconds: float) -> list[Timing]:
     """Time the variants in turn for about `seconds`. Each gets at least 3 rounds; one that is far slower than the
     others sits out once it has used its share of the time."""
     clock = _GpuClock() if device() == "cuda" else _cpu_clock
+    keep_freed_memory()
     x = inputs(case)
     timings = [Timing(v) for v in variants]
-    for timing in timings:  # warm up: compile, allocate, page in
+    calls = {}
+    for timing in timings:
         with timing.variant.context():
-            clock(timing.variant, x)
+            clock(timing.variant, x, 1)  # warm up: compile, allocate, page in
+            if device() == "cpu":
+                once = clock(timing.variant, x, 1)[0]
+                calls[timing.variant.name] = max(1, round(SHORTEST_TURN / once))
     deadline = time.perf_counter() + seconds
     share = seconds / len(variants)
     for round_ in range(MAX_ROUNDS):
         if round_ >= MIN_ROUNDS and time.perf_counter() > deadline:
             break
         for timing in timings:
-            if round_ >= MIN_ROUNDS and sum(timing.wall) > share:
+            used = sum(timing.wall) * calls.get(timing.variant.name, 1)
+            if round_ >= MIN_ROUNDS and used > share:
                 continue
             with timing.variant.context():
-                wall, cpu = clock(timing.variant, x)
+                wall, cpu = clock(timing.variant, x, calls.get(timing.variant.name, 1))
             timing.wall.append(wall)
             timing.cpu.append(cpu)
     return timings

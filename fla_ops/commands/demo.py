@@ -14,7 +14,7 @@ from .demo_model import DEPTH, WIDTH, LanguageModel
 from .demo_train import as_tensor, bits_per_byte, train
 from .info import cpu_name
 
-SAMPLE_BYTES, TEMPERATURE = 400, 0.7
+PROMPT_BYTES, SAMPLE_BYTES, TEMPERATURE = 2000, 400, 0.6
 CHECKED_BYTES = 256
 CONTEXT_BEFORE = 4096  # training text read before the held-out text begins
 
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"\nstep-by-step decoding against the full pass, {CHECKED_BYTES} bytes: ", end="")
     print(f"largest difference of the logits {difference:.1e}, {'the same' if agrees else 'NOT the same'}")
 
-    prompt = held_text[:200]
+    prompt = held_text[:PROMPT_BYTES]
     drawn, rate = generate(model, prompt, SAMPLE_BYTES, args.seed)
     print(f"\na sample from the recurrent state, {rate:.0f} bytes/s, after {prompt[-40:].decode(errors='replace')!r}:")
     print("  | " + drawn.decode(errors="replace").replace("\n", "\n  | "))

@@ -50,15 +50,53 @@ def windows(text: torch.Tensor, generator: torch.Generator) -> Iterator[tuple[to
             yield rows[:, at : at + WINDOW + 1], i == 0
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made nearly orthogonal (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+
+    torch.optim.Muon works matrix by matrix in bfloat16, which a processor without bfloat16 units does very slowly: here
+    matrices of one shape go together, in float32.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.1):
+        shapes: dict[torch.Size, list[nn.Parameter]] = {}
+        for matrix in matrices:
+            shapes.setdefault(matrix.shape, []).append(matrix)
+        groups = [{"params": same} for same in shapes.values()]
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            matrices, state = group["params"], self.state[group["params"][0]]
+            grad = torch.stack([matrix.grad for matrix in matrices])
+            average = state.setdefault("average", torch.zeros_like(grad)).lerp_(grad, 1 - group["momentum"])
+            update = orthogonalise(grad.lerp_(average, group["momentum"]))
+            rate = group["lr"] * max(1.0, grad.shape[1] / grad.shape[2]) ** 0.5
+            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(matrices, update.unbind(), alpha=-rate)
+
+
+def orthogonalise(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """Move the singular values of each matrix `[n, rows, columns]` close to 1, by Newton-Schulz iterations."""
+    if x.shape[1] > x.shape[2]:
+        return orthogonalise(x.mT, steps).mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+    return x
+
+
 class Optimizer:
     """Muon for the matrices inside the blocks, AdamW for everything else, one schedule for both."""
 
     def __init__(self, model: LanguageModel):
-        inside = [p for p in model.blocks.parameters() if p.ndim == 2]
+        # A gate's projection has a row a head: too few for its directions to matter.
+        inside = [p for p in model.blocks.parameters() if p.ndim == 2 and min(p.shape) >= 16]
         chosen = {id(p) for p in inside}
         others = [p for p in model.parameters() if id(p) not in chosen]
         self.parts = [
-            torch.optim.Muon(inside, lr=MATRIX_RATE, weight_decay=0.1),
+            Muon(inside, lr=MATRIX_RATE),
             torch.optim.AdamW(others, lr=OTHER_RATE, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
         ]
 
