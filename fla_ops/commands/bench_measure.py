@@ -113,7 +113,7 @@ def _cpu_clock(variant: Variant, x: Tensors, calls: int) -> tuple[float, float]:
 @functools.cache
 def keep_freed_memory() -> None:
     """Have glibc keep what is freed. Otherwise, depending on what the process did before, each call takes its outputs
-    from fresh pages, and the page faults cost more than the work: seen 8 ms in place of 0.6. For every variant alike."""
+    from fresh pages, and the page faults cost more than the work (seen: 8 ms in place of 0.6). All variants gain."""
     if platform.libc_ver()[0] == "glibc":
         mmap_threshold, trim_threshold = -3, -1
         libc = ctypes.CDLL(None)
