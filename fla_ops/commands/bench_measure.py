@@ -2,12 +2,10 @@
 """Timing one case: every variant is checked against the float64 reference, then all take turns, round after round.
 
 Turns make ratios fair on a machine whose speed drifts. Medians are reported, and the processor time of each call.
+Memory comes from torch's allocator as it is: page faults of fresh outputs are part of a call, as they are for users.
 """
 
-import ctypes
-import functools
 import importlib
-import platform
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -110,22 +108,10 @@ def _cpu_clock(variant: Variant, x: Tensors, calls: int) -> tuple[float, float]:
     return (time.perf_counter() - wall) / calls, (time.process_time() - cpu) / calls
 
 
-@functools.cache
-def keep_freed_memory() -> None:
-    """Have glibc keep what is freed. Otherwise, depending on what the process did before, each call takes its outputs
-    from fresh pages, and the page faults cost more than the work: seen 8 ms in place of 0.6. For all variants alike."""
-    if platform.libc_ver()[0] == "glibc":
-        mmap_threshold, trim_threshold = -3, -1
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_threshold, 32 << 20)  # the most it takes
-        libc.mallopt(trim_threshold, 1 << 30)
-
-
 def measure(case: Case, variants: list[Variant], seconds: float) -> list[Timing]:
     """Time the variants in turn for about `seconds`. Each gets at least 3 rounds; one that is far slower than the
     others sits out once it has used its share of the time."""
     clock = _GpuClock() if device() == "cuda" else _cpu_clock
-    keep_freed_memory()
     x = inputs(case)
     timings = [Timing(v) for v in variants]
     calls = {}
