@@ -54,32 +54,14 @@ Tensor empty_with_layout(const Tensor& x, bool last) {
   return torch::stable::transpose(rows, 1, 2);
 }
 
-// One entry per batch row, or per packed sequence with bounds made monotone within [0, L].
-std::vector<ConvSequence> sequences(int64_t B, int64_t L, const std::optional<Tensor>& cu_seqlens) {
-  std::vector<ConvSequence> result;
-  if (!cu_seqlens) {
-    for (int64_t b = 0; b < B; b++) result.push_back({b, 0, L, b});
-    return result;
-  }
-  STD_TORCH_CHECK(B == 1 && cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1,
-                  "causal_conv1d: cu_seqlens needs B = 1 and at least one bound");
-  int64_t start = std::clamp<int64_t>(integer_at(*cu_seqlens, 0), 0, L);
-  for (int64_t n = 1; n < cu_seqlens->size(0); n++) {
-    const int64_t end = std::clamp<int64_t>(integer_at(*cu_seqlens, n), start, L);
-    result.push_back({0, start, end - start, n - 1});
-    start = end;
-  }
-  return result;
-}
-
-bool covers(const std::vector<ConvSequence>& all, int64_t L) {
+bool covers(const std::vector<Sequence>& all, int64_t L) {
   return all.empty() ? L == 0 : all.front().start == 0 && all.back().start + all.back().length == L;
 }
 
 // At least one chunk a sequence: an empty one has states too.
-std::vector<ConvChunk> chunks(const std::vector<ConvSequence>& all) {
+std::vector<ConvChunk> chunks(const std::vector<Sequence>& all) {
   std::vector<ConvChunk> result;
-  for (const ConvSequence& s : all)
+  for (const Sequence& s : all)
     for (int64_t begin = 0; begin == 0 || begin < s.length; begin += kConvChunk)
       result.push_back({s, begin, std::min(begin + kConvChunk, s.length)});
   return result;
@@ -99,7 +81,7 @@ struct Problem {
   CausalConv1d c{};
   int64_t B, D, L, N, elements;
   bool last, is_double;
-  std::vector<ConvSequence> all;
+  std::vector<Sequence> all;
   Tensor taps;
   const CausalConv1dKernels& run = kernels();
 

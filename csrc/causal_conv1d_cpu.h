@@ -13,14 +13,9 @@ namespace fla_ops {
 constexpr int kMaxConvWidth = 8;
 constexpr int kConvChunk = 64;  // tokens in one task of the channel-last kernels
 
-// The columns [start, start + length) of batch entry `batch`; `index` is its row of the states.
-struct ConvSequence {
-  int64_t batch, start, length, index;
-};
-
 // The tokens [begin, end) of a sequence, counted from its start; at most kConvChunk of them.
 struct ConvChunk {
-  ConvSequence sequence;
+  Sequence sequence;
   int64_t begin, end;
 };
 
@@ -53,8 +48,8 @@ struct CausalConv1dKernels {
   void (*pack_taps)(void* taps, int64_t tap_pitch, const View& weight, const View& bias, int64_t D, int W,
                     bool is_double);
   // Unit stride over time. One sequence, one channel; backward adds to sums[part].
-  void (*forward_channel)(const CausalConv1d&, const ConvSequence&, int64_t channel);
-  void (*backward_channel)(const CausalConv1d&, const ConvSequence&, int64_t channel, int64_t part);
+  void (*forward_channel)(const CausalConv1d&, const Sequence&, int64_t channel);
+  void (*backward_channel)(const CausalConv1d&, const Sequence&, int64_t channel, int64_t part);
   // Unit stride over channels. One chunk, channels [begin, end), where begin is a multiple of 64.
   void (*forward_chunk)(const CausalConv1d&, const ConvChunk&, int64_t begin, int64_t end);
   // The same; `scratch` holds 2 * W rows of tap_pitch elements of the arithmetic type.

@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "cpu_level.h"
+#include "torch_view.h"
 
 namespace fla_ops {
 namespace {
@@ -36,61 +37,14 @@ const DeltaRuleKernels& kernels() {
   return base::delta_rule;
 }
 
-Type type_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Double: return Type::float64;
-    case ScalarType::Float: return Type::float32;
-    case ScalarType::BFloat16: return Type::bfloat16;
-    case ScalarType::Half: return Type::float16;
-    default: STD_TORCH_CHECK(false, "fla_ops: unsupported dtype");
-  }
-}
-
-// The outer `dims` strides; the kernels take the dimension after them, if any, as contiguous.
-View view(const Tensor& x, int dims) {
-  View result;
-  result.data = static_cast<char*>(x.data_ptr());
-  result.type = type_of(x);
-  for (int i = 0; i < dims; i++) result.stride[i] = x.stride(i);
-  STD_TORCH_CHECK(x.dim() == dims || x.size(dims) <= 1 || x.stride(dims) == 1 || x.numel() == 0,
-                  "fla_ops: the last dimension must have unit stride");
-  return result;
-}
-View view(const std::optional<Tensor>& x, int dims) { return x ? view(*x, dims) : View{}; }
-
-ScalarType accumulator(const Tensor& q) {
-  return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-int64_t integer_at(const Tensor& x, int64_t i) {
-  const char* p = static_cast<const char*>(x.data_ptr());
-  const int64_t offset = i * x.stride(0);
-  if (x.scalar_type() == ScalarType::Int) return reinterpret_cast<const int32_t*>(p)[offset];
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Long, "fla_ops: indices must be int32 or int64");
-  return reinterpret_cast<const int64_t*>(p)[offset];
-}
-
-// One entry per batch row, or per packed sequence with bounds made monotone within [0, T].
-std::vector<Sequence> sequences(int64_t B, int64_t T, const std::optional<Tensor>& cu_seqlens) {
-  std::vector<Sequence> result;
+std::vector<CheckpointedSequence> checkpointed(const std::vector<Sequence>& all) {
+  std::vector<CheckpointedSequence> result;
   int64_t checkpoint = 0;
-  const auto append = [&](int64_t batch, int64_t start, int64_t length) {
-    result.push_back({batch, start, length, int64_t(result.size()), checkpoint});
-    checkpoint += ceil_div(length, kCheckpointTokens);
-  };
-  if (!cu_seqlens) {
-    for (int64_t b = 0; b < B; b++) append(b, 0, T);
-    return result;
-  }
-  STD_TORCH_CHECK(B == 1 && cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1,
-                  "fla_ops: cu_seqlens needs B = 1 and at least one bound");
-  int64_t start = std::clamp<int64_t>(integer_at(*cu_seqlens, 0), 0, T);
-  for (int64_t n = 1; n < cu_seqlens->size(0); n++) {
-    const int64_t end = std::clamp<int64_t>(integer_at(*cu_seqlens, n), start, T);
-    append(0, start, end - start);
-    start = end;
+  for (const Sequence& s : all) {
+    result.push_back({s, checkpoint});
+    checkpoint += ceil_div(s.length, kCheckpointTokens);
   }
   return result;
 }
@@ -101,7 +55,7 @@ int64_t checkpoint_rows(int64_t B, int64_t T, const std::optional<Tensor>& cu_se
 }
 
 // Zeroes the rows of a contiguous [1, T, ...] tensor that no packed sequence covers.
-void zero_uncovered(Tensor& x, const std::vector<Sequence>& packed) {
+void zero_uncovered(Tensor& x, const std::vector<CheckpointedSequence>& packed) {
   const int64_t T = x.size(1);
   if (x.numel() == 0) return;
   const int64_t row = x.numel() / T * x.element_size();
@@ -184,7 +138,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, con
   check_shapes(q, k, v, beta, g, 2);
   const int64_t B = q.size(0), T = q.size(1), K = q.size(3);
   const int64_t HV = v.size(2), V = v.size(3);
-  const std::vector<Sequence> all = sequences(B, T, cu_seqlens);
+  const std::vector<CheckpointedSequence> all = checkpointed(sequences(B, T, cu_seqlens));
   const int64_t N = int64_t(all.size());
   STD_TORCH_CHECK(!initial_state || (initial_state->dim() == 4 && initial_state->size(0) == N &&
                                      initial_state->size(1) == HV && initial_state->size(2) == K &&
@@ -229,7 +183,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   check_shapes(q, k, v, beta, g, 2);
   const int64_t B = q.size(0), T = q.size(1), H = q.size(2), K = q.size(3);
   const int64_t HV = v.size(2), V = v.size(3);
-  const std::vector<Sequence> all = sequences(B, T, cu_seqlens);
+  const std::vector<CheckpointedSequence> all = checkpointed(sequences(B, T, cu_seqlens));
   const int64_t N = int64_t(all.size());
   const ScalarType exact = accumulator(q);
   STD_TORCH_CHECK(states.dim() == 4 && states.size(0) == checkpoint_rows(B, T, cu_seqlens) &&

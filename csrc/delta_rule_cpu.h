@@ -6,23 +6,15 @@
 
 #include <stdint.h>
 
-namespace fla_ops {
+#include "view.h"
 
-enum class Type : int { float64, float32, bfloat16, float16 };
+namespace fla_ops {
 
 constexpr int kMaxHeadDim = 256;
 constexpr int kCheckpointTokens = 64;  // training keeps one state per this many tokens
 
-// A tensor seen by a kernel: strides in elements, outermost first, the last dimension not listed.
-struct View {
-  char* data = nullptr;
-  Type type = Type::float32;
-  int64_t stride[3] = {0, 0, 0};
-};
-
-// One sequence: rows [start, start + length) of batch entry `batch`.
-struct Sequence {
-  int64_t batch, start, length, index, first_checkpoint;
+struct CheckpointedSequence : Sequence {
+  int64_t first_checkpoint;  // row of the saved states
 };
 
 struct DeltaRuleForward {
@@ -80,11 +72,11 @@ struct DeltaRuleKernels {
   // Columns of V are handed out in multiples of this.
   int (*value_block)(bool is_double);
   // One sequence, one value head, columns [v_begin, v_end).
-  void (*forward)(const DeltaRuleForward&, const Sequence&, int64_t value_head, int v_begin,
+  void (*forward)(const DeltaRuleForward&, const CheckpointedSequence&, int64_t value_head, int v_begin,
                   int v_end, void* scratch);
   // The same for `backward`: one sequence, one value head.
   int64_t (*backward_scratch)(bool is_double);
-  void (*backward)(const DeltaRuleBackward&, const Sequence&, int64_t value_head, void* scratch);
+  void (*backward)(const DeltaRuleBackward&, const CheckpointedSequence&, int64_t value_head, void* scratch);
   void (*sum_heads)(const HeadSum&, int64_t row_begin, int64_t row_end);
   // One batch entry, one value head; slot < 0 skips: the output is 0, no state is touched.
   void (*step)(const DeltaRuleStep&, int64_t batch, int64_t slot, int64_t value_head);

@@ -14,6 +14,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "view.h"
+
 #ifndef FLA_OPS_LEVEL
 #error "define FLA_OPS_LEVEL (0 portable, 1 AVX2, 2 AVX-512) before including simd.h"
 #endif
@@ -34,7 +36,7 @@ constexpr int kVectorRegisters = 32;
 constexpr int kVectorRegisters = 16;
 #endif
 
-// The storage types of tensors. The numbers are shared with the torch side (delta_rule_cpu.h).
+// The storage types of tensors that have no type of their own in C++.
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
 
@@ -96,6 +98,16 @@ template <class A> FLA_INLINE void store_scalar(double* p, A x) { *p = double(x)
 template <class A> FLA_INLINE void store_scalar(float* p, A x) { *p = float(x); }
 template <class A> FLA_INLINE void store_scalar(bf16* p, A x) { *p = to_bf16(float(x)); }
 template <class A> FLA_INLINE void store_scalar(fp16* p, A x) { *p = to_fp16(float(x)); }
+
+// Calls f with the data as a pointer to the storage type.
+template <class F> FLA_INLINE void with_type(fla_ops::Type type, char* data, const F& f) {
+  switch (type) {
+    case fla_ops::Type::float64: return f(reinterpret_cast<double*>(data));
+    case fla_ops::Type::float32: return f(reinterpret_cast<float*>(data));
+    case fla_ops::Type::bfloat16: return f(reinterpret_cast<bf16*>(data));
+    case fla_ops::Type::float16: return f(reinterpret_cast<fp16*>(data));
+  }
+}
 
 // -------------------------------------------------------------------------------- vector load, store
 
