@@ -52,15 +52,16 @@ template <class T, int MR, int NV> struct Tile {
           row[r][n] += a[r * RowStride + k * ColStride] * x[n];
     }
   }
-  // The same in short partial sums, for products whose rounding errors are amplified: with nearly
-  // parallel keys a plain sum over 64 elements is 3 times less accurate.
-  template <int RowStride, int ColStride>
+  // The same in partial sums of `Part` terms: 128 keeps the rounding of the widest heads near that of
+  // the common ones; 4 is for products whose errors are amplified: with nearly parallel keys a plain
+  // sum over 64 elements is 3 times less accurate.
+  template <int RowStride, int ColStride, int Part>
   FLA_INLINE void add_in_parts(const T* a, const T* b, ptrdiff_t b_stride, int inner) {
-    constexpr int kShort = 4;
-    for (int k = 0; k < inner; k += kShort) {
+    if (inner <= Part) return add<RowStride, ColStride>(a, b, b_stride, inner);
+    for (int k = 0; k < inner; k += Part) {
       Tile part;
       part.zero();
-      const int length = inner - k < kShort ? inner - k : kShort;
+      const int length = inner - k < Part ? inner - k : Part;
       part.template add<RowStride, ColStride>(a + k * ColStride, b + k * b_stride, b_stride, length);
       FLA_UNROLL for (int r = 0; r < MR; r++)
         FLA_UNROLL for (int n = 0; n < NV; n++) row[r][n] += part.row[r][n];

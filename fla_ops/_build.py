@@ -35,10 +35,22 @@ def compiler() -> str | None:
     return next((path for path in map(shutil.which, names) if path), None)
 
 
+def torch_root() -> Path | None:
+    """The folder of torch: importable, or installed in the environment that pip's build isolation hides.
+
+    Only its headers and libraries are used, and through the stable ABI any version from 2.11 on will do; so
+    `pip install .` needs no other torch for the build.
+    """
+    spec = importlib.util.find_spec("torch")
+    found = [Path(spec.origin).parent] if spec and spec.origin else []
+    found += [Path(sysconfig.get_path(name)) / "torch" for name in ("platlib", "purelib")]
+    return next((folder for folder in found if (folder / "include/torch/csrc/stable").is_dir()), None)
+
+
 def why_not() -> str | None:
     """The reason why the native library cannot be built here, or None."""
-    if importlib.util.find_spec("torch") is None:
-        return "torch is not importable in this build (install torch, then use --no-build-isolation)"
+    if torch_root() is None:
+        return "no torch >= 2.11 in this environment (install torch first, then `fla-ops build` makes the library)"
     if sys.platform == "win32":
         return "the build supports g++ and clang++ on Linux and macOS"
     if compiler() is None:
@@ -62,9 +74,8 @@ def build_native(csrc: Path, target: Path) -> None:
     missing = why_not()
     if missing:
         raise BuildError(missing)
-    torch_root = Path(importlib.util.find_spec("torch").origin).parent
-    include = [csrc, torch_root / "include", torch_root / "include/torch/csrc/api/include"]
-    include += [Path(sysconfig.get_path("include"))]
+    torch = torch_root()
+    include = [csrc, torch / "include", torch / "include/torch/csrc/api/include", sysconfig.get_path("include")]
     flags = FLAGS + DEFINES + [f"-I{path}" for path in include]
     skipped = () if _is_x86() else ("_avx2", "_avx512")
     sources = [p for p in sorted(csrc.glob("*.cpp")) if not p.stem.endswith(skipped or ("\0",))]
@@ -81,7 +92,7 @@ def build_native(csrc: Path, target: Path) -> None:
             list(pool.map(compile_one, sources, objects))
         # Link beside the target and move it into place: a library that is loaded must not be overwritten.
         linked = Path(folder) / target.name
-        libs = [f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
+        libs = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
         extra = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
         _run([cxx, "-shared", *map(str, objects), *libs, *extra, "-o", str(linked)])
         shutil.copyfile(linked, f"{target}.new")

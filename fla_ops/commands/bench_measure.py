@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Timing one case: every variant is checked against the float64 reference, then all take turns, round after round.
 
-Turns make ratios fair on a machine whose speed drifts. Medians are reported, and the processor time of each call. Memory
-comes from torch's allocator as it is, so page faults of fresh outputs are part of a call, as they are for users.
+Turns make ratios fair on a machine whose speed drifts. Medians are reported, and the processor time of each call.
+Memory comes from torch's allocator as it is: page faults of fresh outputs are part of a call, as they are for users.
 """
 
 import importlib
