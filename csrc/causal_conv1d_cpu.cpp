@@ -110,13 +110,14 @@ struct Problem {
     STD_TORCH_CHECK(x.dim() == 3 && weight.dim() == 2 && weight.size(0) == D && W >= 1 && W <= kMaxConvWidth &&
                         (!bias || (bias->dim() == 1 && bias->size(0) == D)),
                     "causal_conv1d: x must be [B, D, L], weight [D, W] with W from 1 to 8, bias [D]");
-    STD_TORCH_CHECK(unit_stride(x, 1) || unit_stride(x, 2), "causal_conv1d: x needs unit stride over D or L");
+    elements = B * D * L;
+    STD_TORCH_CHECK(elements == 0 || unit_stride(x, 1) || unit_stride(x, 2),
+                    "causal_conv1d: x needs unit stride over D or L");
     all = sequences(B, L, cu_seqlens);
     N = int64_t(all.size());
     STD_TORCH_CHECK(!initial_state || is_state(*initial_state, W), "causal_conv1d: initial_state must be [N, D, W-1]");
     last = channels_last(x);
     is_double = x.scalar_type() == ScalarType::Double;
-    elements = B * D * L;
     c.x = view(x);
     c.initial_state = view(initial_state);
     c.D = D;
@@ -182,7 +183,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& x, const Tenso
   Problem p(x, weight, bias, initial_state, cu_seqlens, silu);
   const int64_t D = p.D, W = p.c.W;
   STD_TORCH_CHECK(dy.dim() == 3 && dy.size(0) == p.B && dy.size(1) == D && dy.size(2) == p.L &&
-                      dy.scalar_type() == x.scalar_type() && unit_stride(dy, p.last ? 1 : 2),
+                      dy.scalar_type() == x.scalar_type() &&
+                      (p.elements == 0 || unit_stride(dy, p.last ? 1 : 2)),
                   "causal_conv1d: dy must have x's shape, dtype and layout");
   STD_TORCH_CHECK(!dfinal_state || p.is_state(*dfinal_state, W), "causal_conv1d: dfinal_state must be [N, D, W-1]");
   const bool need_x = needs & 1, need_weight = needs & 2, need_bias = (needs & 4) && bias, need_state = needs & 8;
@@ -223,7 +225,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& x, const Tenso
       });
     });
   }
-  if (p.c.sums)
+  if (need_weight || need_bias)
     p.run.reduce(p.c.sums, parts, D, int(W), need_weight ? view(dweight) : View{}, need_bias ? view(dbias) : View{});
   return {dx, dweight, dbias, dinitial};
 }

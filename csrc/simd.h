@@ -252,8 +252,13 @@ FLA_INLINE vec<float> exp(vec<float> x) {
   using V = vec<float>;
   using I = decltype(x < x);
   const V low = broadcast(-104.0f), high = broadcast(89.0f);
+#if FLA_OPS_LEVEL == 2
+  // One instruction each where GCC makes two of the comparison and the choice; NaN is the second operand's.
+  x = _mm512_min_ps(high, _mm512_max_ps(low, x));
+#else
   x = x < low ? low : x;
   x = x > high ? high : x;
+#endif
   const V shifted = x * 0x1.715476p+0f + 0x1.8p23f;
   const V n = shifted - 0x1.8p23f;
   const V r = (x - n * 0x1.62e400p-1f) - n * 0x1.7f7d1cp-20f;
@@ -263,6 +268,9 @@ FLA_INLINE vec<float> exp(vec<float> x) {
   p = p * r + 1.0f / 6.0f;
   p = p * r + 0.5f;
   p = p * r * r + r;
+#if FLA_OPS_LEVEL == 2
+  return _mm512_scalef_ps(1.0f + p, n);
+#endif
   const I i = bit_cast<I>(shifted) - 0x4b400000;
   const I half = i >> 1;
   return ((1.0f + p) * bit_cast<V>((half + 127) << 23)) * bit_cast<V>((i - half + 127) << 23);

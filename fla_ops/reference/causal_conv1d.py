@@ -52,7 +52,7 @@ def causal_conv1d(
             z = z + tap[:, w, None] * low(inputs)[:, :, w : w + length]
         outputs.append(z if activation is None else z * torch.sigmoid(z))
         states.append(inputs[:, :, length:])
-    y = torch.cat(outputs, 2) if outputs else signal.new_zeros(B, D, 0)
+    y = torch.cat(outputs, 2) if outputs else signal[:, :, :0]
     if y.shape[2] < L:  # columns that no packed sequence covers are zero
         before = parts[0][1].start if parts else 0
         y = torch.nn.functional.pad(y, (before, L - before - y.shape[2]))
