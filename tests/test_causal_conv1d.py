@@ -29,6 +29,21 @@ LAYOUTS = {
 }
 
 
+@pytest.fixture
+def all_levels(native):
+    """`for level in all_levels():` runs the body at each instruction-set level that this processor has."""
+    ops = torch.ops.fla_ops
+    best = ops._cpu_level()
+
+    def levels():
+        for level in range(best + 1):
+            ops._set_cpu_level(level)
+            yield level
+
+    yield levels
+    ops._set_cpu_level(best)
+
+
 def accumulator(dtype):
     return torch.promote_types(dtype, torch.float32)
 
