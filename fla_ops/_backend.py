@@ -112,7 +112,7 @@ def _first_that_runs(op: str, name: str, device: str, dtype: torch.dtype, sizes:
         reason = why_not(op, row.name, device, dtype, sizes)
         if reason is None:
             if row.name == "reference":
-                _warn_once(op, reasons)
+                _warn_once(op, reasons, stacklevel=6)
             return _load(op, row)
         reasons.append(reason)
     raise RuntimeError(f"{op}: no backend can run here: {'; '.join(reasons)}.")
@@ -147,10 +147,11 @@ def warn_reference(op: str, cause: str) -> None:
     if name not in ("auto", "reference"):
         raise RuntimeError(f"{op}: backend {name!r} cannot run here: {cause}.")
     if name == "auto":
-        _warn_once(op, [cause])
+        _warn_once(op, [cause], stacklevel=5)
 
 
-def _warn_once(op: str, reasons: list[str]) -> None:
+def _warn_once(op: str, reasons: list[str], stacklevel: int) -> None:
+    """`stacklevel` reaches from here to the user's call."""
     cause = "; ".join(reasons)
     if (op, cause) not in _warned:
         _warned.add((op, cause))
@@ -158,7 +159,7 @@ def _warn_once(op: str, reasons: list[str]) -> None:
             f"{op} runs on the slow reference: {cause}. Run `fla-ops info` to see what this machine can use; "
             'backend="reference" asks for the reference without this warning.',
             FallbackWarning,
-            stacklevel=6,
+            stacklevel=stacklevel,
         )
 
 

@@ -6,6 +6,7 @@ import torch
 
 import fla_ops
 from fla_ops import _backend, _build
+from fla_ops._native import levels
 
 try:
     import fla_ops.kernels  # noqa: F401 - catches a checkout that was never installed
@@ -15,8 +16,11 @@ except ImportError as error:
         f"`pip install --no-build-isolation -e .` first ({error})"
     ) from error
 
-BACKENDS = [b for b in ("native", "reference") if not _backend.why_not("delta_rule", b, "cpu", torch.float32, ())]
-LEVELS = {0: "base", 1: "avx2", 2: "avx512"}
+BACKENDS = [
+    name
+    for name in ("native", "reference")
+    if not any(_backend.why_not(op, name, "cpu", torch.float32, ()) for op in _backend.OPS)
+]
 
 
 def _poisoned(allocate):
@@ -71,15 +75,25 @@ def native():
     return "native"
 
 
-@pytest.fixture(params=LEVELS, ids=LEVELS.values())
+@pytest.fixture(params=levels.NAMES)
 def cpu_level(request, native):
     """Each instruction-set level of the native library that this processor has."""
-    best = torch.ops.fla_ops._cpu_level()
-    if request.param > best:
-        pytest.skip(f"this processor has no {LEVELS[request.param]}")
-    torch.ops.fla_ops._set_cpu_level(request.param)
-    yield request.param
-    torch.ops.fla_ops._set_cpu_level(best)
+    if request.param not in levels.available():
+        pytest.skip(f"this processor has no {request.param}")
+    with levels.use(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def all_levels(native):
+    """`for level in all_levels(): ...` runs the body at every level: for checks too cheap to be tests of their own."""
+
+    def run():
+        for level in levels.available():
+            with levels.use(level):
+                yield level
+
+    return run
 
 
 @pytest.fixture

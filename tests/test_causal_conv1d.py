@@ -29,21 +29,6 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture
-def all_levels(native):
-    """`for level in all_levels():` runs the body at each instruction-set level that this processor has."""
-    ops = torch.ops.fla_ops
-    best = ops._cpu_level()
-
-    def levels():
-        for level in range(best + 1):
-            ops._set_cpu_level(level)
-            yield level
-
-    yield levels
-    ops._set_cpu_level(best)
-
-
 def accumulator(dtype):
     return torch.promote_types(dtype, torch.float32)
 
@@ -89,6 +74,21 @@ def check(actual, inputs, dy, dfinal, label, **options):
         assert_matches_reference(
             value, ref64[name], ref_low[name], f"{label}: {name}", gradient=name.startswith("d"), seed=0
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_results_round_as_torch_rounds(dtype, all_levels):
+    """One tap: a single product a result, so its rounding shows, bit for bit. Subnormal numbers may become zero."""
+    x = (torch.randn(1, 64, 500) * torch.exp2(torch.randint(-12, 12, (1, 64, 500)))).to(dtype)
+    x[0, :4, :4] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])
+    weight = torch.randn(64, 1)
+    expected = (x.float() * weight).to(dtype)
+    normal = ~(expected.abs() < torch.finfo(dtype).tiny) | (expected == 0)
+    for level in all_levels():
+        for layout in ("channel-first", "channel-last"):
+            y = causal_conv1d(LAYOUTS[layout](x), weight, backend="native").y
+            same = (y == expected) | (y.isnan() & expected.isnan())
+            assert same[normal].all(), (level, layout)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

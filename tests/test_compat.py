@@ -15,15 +15,11 @@ from fla_ops.reference.delta_rule import delta_rule as reference
 from fla_ops.reference.delta_rule_general import delta_rule_general
 
 
-@pytest.fixture(params=["reference", "native"])
-def backend(request):
+@pytest.fixture
+def backend(backend):
     """Every `backend="auto"` call of the test runs on this one."""
-    for op in ("causal_conv1d", "delta_rule"):
-        reason = _backend.why_not(op, request.param, "cpu", torch.float64, (8,))
-        if reason:
-            pytest.skip(reason)
-    with fla_ops.use_backend(request.param):
-        yield request.param
+    with fla_ops.use_backend(backend):
+        yield backend
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fla_ops
-from fla_ops import _backend
 from fla_ops.layers import DeltaNet, GatedDeltaNet, LayerState
 
 D = 24
@@ -39,15 +38,6 @@ VARIANTS = {
     "gated-no-conv": lambda **o: gated_delta_net(use_short_conv=False, output_gate_activation="sigmoid", **o),
 }
 TWO = ("delta-gate-bias", "gated")
-
-
-@pytest.fixture(params=["reference", "native"])
-def backend(request):
-    for op in ("causal_conv1d", "delta_rule"):
-        reason = _backend.why_not(op, request.param, "cpu", torch.float64, (8,))
-        if reason:
-            pytest.skip(reason)
-    return request.param
 
 
 def make(variant, backend="reference", dtype=torch.float64, **options):
