@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every launcher needs: where it runs, with which precision, and how a launch is described."""
+
+import contextlib
+import functools
+import os
+from dataclasses import dataclass
+
+import torch
+import triton
+
+# Triton decides this when a kernel is decorated, so the variable must be set before the first import of this package.
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How one kernel is launched for some op, sizes, dtype and architecture. Rows of the tables in `_config.py`."""
+
+    BT: int  # tokens of a tile
+    BV: int = 0  # value channels of a tile (delta rule)
+    BD: int = 0  # channels of a tile (convolution)
+    num_warps: int = 4
+    num_stages: int = 2
+    tma: bool = False  # load tiles through tensor descriptors where strides and alignment allow
+
+    @property
+    def options(self) -> dict:
+        """The keyword arguments of a launch. fp fusion is said out loud: its default changes in Triton 3.10."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
+
+def why_not(device: str) -> str | None:
+    """The reason why Triton kernels cannot run on tensors of this device type, or None."""
+    if device == "cuda":
+        return "TRITON_INTERPRET=1 is set, which runs kernels on the CPU" if INTERPRET else None
+    if device == "cpu" and INTERPRET:
+        return None
+    hint = " (TRITON_INTERPRET=1, set before the first call, runs the kernels in Triton's interpreter)"
+    return f"triton takes cuda tensors, not {device} tensors{hint if device == 'cpu' else ''}"
+
+
+def arch() -> str:
+    """The architecture to compile for: "sm_90", "gfx942"; the interpreter takes Hopper's configurations."""
+    if INTERPRET:
+        return "sm_90"
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch).split(":")[0]
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def multiprocessors(x: torch.Tensor) -> int:
+    """How many multiprocessors the device of x has; Hopper's number where that cannot be asked."""
+    return _multiprocessors(x.device.index) if x.is_cuda else 132
+
+
+def on_device(x: torch.Tensor):
+    """Triton launches on the current device: make it that of x."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def precision(dtype: torch.dtype) -> str:
+    """`input_precision` of products of this dtype: IEEE, or TF32 where the user allowed it for float32."""
+    allowed = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if allowed and arch().startswith("sm_") else "ieee"

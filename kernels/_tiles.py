@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Device functions with more than one caller."""
+
+import triton
+import triton.language as tl
+
+from . import _launch
+
+INTERPRET = tl.constexpr(_launch.INTERPRET)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """a @ b, added to acc unless that is None; sums in float32, or float64 for float64.
+
+    PRECISION is said at every product, because float32 would be TF32 by default. Triton's interpreter multiplies the
+    bit patterns of bfloat16 operands, so they are widened there, which changes no product.
+    """
+    if INTERPRET:
+        if a.dtype == tl.bfloat16:
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+    out_dtype: tl.constexpr = tl.float64 if a.dtype == tl.float64 else tl.float32
+    if acc is None:
+        return tl.dot(a, b, input_precision=PRECISION, out_dtype=out_dtype)
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=out_dtype)
+
+
+@triton.jit
+def sequence_bounds(cu_seqlens, n, T):
+    """(first token, length) of packed sequence n. Bad values of cu_seqlens give other tokens of [0, T), never others."""
+    start = tl.minimum(tl.maximum(tl.load(cu_seqlens + n).to(tl.int64), 0), T)
+    end = tl.minimum(tl.maximum(tl.load(cu_seqlens + n + 1).to(tl.int64), start), T)
+    return start, end - start
+
+
+@triton.jit
+def first_slot(start, n, ROWS):
+    """The first of the chunk slots of packed sequence n, which begins at token `start`.
+
+    Chunks of ROWS tokens of N sequences get slots in an array of cdiv(T, ROWS) + N, sized without knowing any length:
+    slots of different sequences never meet, since floor(end / ROWS) - floor(start / ROWS) + 1 >= cdiv(length, ROWS).
+    Some slots stay unused.
+    """
+    return start // ROWS + n
+
+
+@triton.jit
+def sequence_of_slot(cu_seqlens, slot, N, T, ROWS):
+    """The packed sequence that a chunk slot belongs to: the last n whose first slot is not behind it."""
+    low = 0
+    high = N - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        start = tl.minimum(tl.maximum(tl.load(cu_seqlens + middle).to(tl.int64), 0), T)
+        if first_slot(start, middle, ROWS) <= slot:
+            low = middle
+        else:
+            high = middle - 1
+    return low
