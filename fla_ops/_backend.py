@@ -31,7 +31,7 @@ class Backend:
     name: str  # one of NAMES
     module: str  # offers why_not, forward, backward, step; the reference offers the op itself
     devices: tuple[str, ...] = ()  # device types it takes; empty: all
-    on_request: tuple[str, ...] = ()  # those of them for which "auto" passes it over
+    on_request: tuple[str, ...] = ()  # device types it takes only when it is named, never for "auto"
 
 
 class _Chosen(threading.local):
@@ -77,7 +77,7 @@ def why_not(op: str, name: str, device: str, dtype: torch.dtype, sizes: tuple[in
     row = next((row for row in table(op) if row.name == name), None)
     if row is None:
         return f"this version of fla_ops has no {name} kernel for {op}"
-    if row.devices and device not in row.devices:
+    if row.devices and device not in row.devices + row.on_request:
         return f"{name} takes {' and '.join(row.devices)} tensors, not {device} tensors"
     if name == "reference":
         return None
