@@ -285,10 +285,10 @@ def _gpu_delta_rule(case: Case) -> list[Variant]:
         function = getattr(importlib.import_module(f"fla.ops.{stem}"), f"chunk_{stem}")
         name = f"fla{_without_flas_guard()}" if case.gated and case.kind == BACKWARD else "fla"
         found.append(Variant(name, _pass(case, functools.partial(around, function))))
-    if importlib.util.find_spec("flash_qla") and case.dtype != torch.float32 and case.gated:
-        if case.sizes["K"] == case.sizes["V"] == 128:  # it takes no other
-            function = importlib.import_module("flash_qla").chunk_gated_delta_rule
-            found.append(Variant("flash_qla", _pass(case, functools.partial(gated, function))))
+    flash_qla_takes = case.gated and case.dtype != torch.float32 and case.sizes["K"] == case.sizes["V"] == 128
+    if importlib.util.find_spec("flash_qla") and flash_qla_takes:
+        function = importlib.import_module("flash_qla").chunk_gated_delta_rule
+        found.append(Variant("flash_qla", _pass(case, functools.partial(gated, function))))
     return found
 
 
