@@ -148,6 +148,14 @@ def check(backend, inputs, *, names=None, device="cpu", **options) -> None:
         assert_matches_reference(found, ref64[name], low, name, gradient=name.startswith("d"), seed=SEED)
 
 
+def assert_same_bits(actual, expected):
+    """The same results by name, bit for bit; NaN equals NaN."""
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        same = torch.equal(actual[name].nan_to_num(7.5), expected[name].nan_to_num(7.5))
+        assert same, f"{name}: max difference {(actual[name] - expected[name]).abs().max().item():.3e}"
+
+
 def on(device, inputs):
     """`inputs` on another device; the same tensors, strides included, where they are there already."""
     return {name: None if x is None else x.to(device) for name, x in inputs.items()}
