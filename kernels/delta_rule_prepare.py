@@ -20,7 +20,7 @@ import triton.language as tl
 
 from ._config import delta_rule_prepare_config
 from ._launch import arch, on_device, precision
-from ._tiles import dot, first_slot, sequence_bounds, sequence_of_slot
+from ._tiles import cast, dot, first_slot, sequence_bounds, sequence_of_slot
 
 
 @triton.jit
@@ -219,8 +219,8 @@ def prepare_kernel(
             inverse = inverse * rate[None, :]
         m = tl.where(i < first_bad, inverse * between, float("nan"))
         at = here * (BT * BT) + i * BT + j
-        tl.store(M + at, tl.where(inside, m, 0.0).to(M.dtype.element_ty))
-        tl.store(P + at, tl.where(inside, scale * between * qk, 0.0).to(P.dtype.element_ty))
+        tl.store(M + at, cast(tl.where(inside, m, 0.0), M.dtype.element_ty))
+        tl.store(P + at, cast(tl.where(inside, scale * between * qk, 0.0), P.dtype.element_ty))
 
         line = tl.num_programs(1).to(tl.int64) * group * T  # of one factor of one batch row
         at = batch * line + tl.cast(hv, tl.int64) * T + token + row
