@@ -13,10 +13,10 @@
 // descending order: a missing __syncthreads gives a wrong result in one of the two.
 #pragma once
 
+#include <math.h>
 #include <stdint.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <mutex>
 #include <source_location>

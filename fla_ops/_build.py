@@ -103,6 +103,10 @@ def cuda_sources(csrc: Path) -> list[Path]:
     return sorted(csrc.glob("*_cuda.cu"))
 
 
+def simt_sources(csrc: Path) -> list[Path]:
+    return sorted(csrc.glob("simt_*.cpp")) + cuda_sources(csrc)
+
+
 def build_native(csrc: Path, target: Path) -> None:
     """Compile the CPU kernels of `csrc` and link the shared library `target`. Raises BuildError."""
     _require(why_not())
@@ -126,8 +130,8 @@ def build_cuda(csrc: Path, target: Path, archs: Iterable[int] = CUDA_ARCHS) -> N
     def command(source: Path, obj: Path) -> list[str]:
         return [nvcc(), *flags, "-c", "-o", str(obj), str(source)]
 
-    # libtorch brings libtorch_cuda with it; a linker that drops it as unneeded would leave the stream call unresolved.
-    link = [nvcc(), "-shared", "-cudart=static", "-Xlinker=--no-as-needed,--unresolved-symbols=ignore-all"]
+    # libtorch brings libtorch_cuda with it, so a linker must not drop it as unneeded.
+    link = [nvcc(), "-shared", "-cudart=static", "-Xlinker=--no-as-needed"]
     _build(cuda_sources(csrc), target, command, link)
 
 
@@ -150,7 +154,7 @@ def build_simt(csrc: Path, target: Path, namespace: str = "fla_ops_simt") -> Non
     def command(source: Path, obj: Path) -> list[str]:
         return [compiler(), *flags, "-c", "-o", str(obj), "-x", "c++", str(source)]
 
-    _build(sorted(csrc.glob("simt_*.cpp")) + cuda_sources(csrc), target, command, [compiler(), "-shared"])
+    _build(simt_sources(csrc), target, command, [compiler(), "-shared"])
 
 
 def _is_x86() -> bool:
