@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The native CPU backend of the delta rule: `csrc/delta_rule_cpu.cpp` behind `torch.ops.fla_ops`."""
+"""The native backend of the delta rule: `csrc/delta_rule_{cpu.cpp,cuda.cu}` behind `torch.ops.fla_ops`."""
 
 import torch
 
-from . import load
+from .. import _native
 
-_load_error = load("delta_rule_forward", "delta_rule_backward", "delta_rule_step")
+_OPS = ("delta_rule_forward", "delta_rule_backward", "delta_rule_step")
+_load_error = _native.load(*_OPS)
 MAX_HEAD_DIM = 256
 BLOCK = 64  # tokens per saved state
 
 
 def why_not(device: str, dtype: torch.dtype, *sizes: int) -> str | None:
     """The reason why this backend cannot run head dimensions `sizes`, or None."""
-    if _load_error:
-        return _load_error
+    missing = _native.load_cuda(*_OPS) if device == "cuda" else _load_error
+    if missing:
+        return missing
     if any(s > MAX_HEAD_DIM for s in sizes):
         return f"head dimensions go up to {MAX_HEAD_DIM}, got {max(sizes)}"
     return None
@@ -39,7 +41,7 @@ def forward(q, k, v, beta, g, initial_state, cu_seqlens, *, scale, qk_l2norm, sa
     if narrow:
         q, k, v = q.double(), k.double(), v.double()
     q, k, v, initial_state = _rows(q, k, v, initial_state)
-    o, final_state, states = torch.ops.fla_ops.delta_rule_forward(
+    o, final_state, states = _native.ops.delta_rule_forward(
         q, k, v, beta, g, scale, initial_state, cu_seqlens, qk_l2norm, save_states
     )
     return (o.float(), final_state.float(), states) if narrow else (o, final_state, states)
@@ -67,7 +69,7 @@ def backward(
         q, k, v, do = q.double(), k.double(), v.double(), do.double()
     q, k, v, do, initial_state, dfinal_state = _rows(q, k, v, do, initial_state, dfinal_state)
     mask = sum(bit << i for i, bit in enumerate(needs))
-    grads = torch.ops.fla_ops.delta_rule_backward(
+    grads = _native.ops.delta_rule_backward(
         q,
         k,
         v,
@@ -93,7 +95,7 @@ def backward(
 def step(q, k, v, beta, g, *, state, scale, qk_l2norm, state_indices):
     """o; `state` is written in place."""
     q, k, v, rows = _rows(q, k, v, state)
-    o = torch.ops.fla_ops.delta_rule_step(q, k, v, beta, g, rows, scale, qk_l2norm, state_indices)
+    o = _native.ops.delta_rule_step(q, k, v, beta, g, rows, scale, qk_l2norm, state_indices)
     if rows is not state:  # a transposed view: the kernel wrote a copy
         state.copy_(rows)
     return o
