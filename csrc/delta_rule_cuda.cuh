@@ -34,8 +34,8 @@ namespace fla_ops {
 
 constexpr unsigned kWarp = 0xffffffff;  // the mask of all lanes
 
-// Columns a warp. R x C elements a lane make 32 registers at most; more would spill in the backward pass.
-template <class A, int R> constexpr int kColumns = R == 8 || sizeof(A) == 8 ? 4 : 8;
+// Columns a warp: R x C elements make 32 registers a lane at most. More would spill in the backward pass.
+template <class A, int R> constexpr int kColumns = (R == 8 ? 4 : 8) / int(sizeof(A) / sizeof(float));
 
 // The inputs of the sequences and of the step, which is a sequence of one token with its T axis left out.
 struct DeltaRuleInputs {
