@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The delta rule for CUDA: gradients. delta_rule_cuda.cuh says how a warp holds its columns of S and dS.
+// The delta rule for CUDA: gradients. delta_rule_cuda.h says how a warp holds its columns of S and dS.
 //
 // `reverse_kernel`, parallel as the forward: a warp walks its sequence from the end. With S' = e^g S_{t-1}, r = v - S'^T k,
 // u = beta r, S = S' + k u^T and dS the gradient of S, a token does
@@ -12,7 +12,7 @@
 // shared memory, and `finish_kernel` adds the blocks' and a head group's parts in order and undoes the norm of q and k.
 #include <tuple>
 
-#include "delta_rule_cuda.cuh"
+#include "delta_rule_cuda.h"
 
 namespace fla_ops {
 namespace {

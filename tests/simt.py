@@ -58,10 +58,11 @@ def lane_order(order: str, ops=None):
 def as_native(order: str):
     """Inside, backend="native" runs the CUDA kernels on CPU tensors, its lanes in this order."""
     load()
-    before = _native.ops
+    before = _native.ops, delta_rule._widened
     _native.ops = torch.ops.fla_ops_simt
+    delta_rule._widened = lambda q, v: False  # as for CUDA tensors
     try:
         with lane_order(order):
             yield
     finally:
-        _native.ops = before
+        _native.ops, delta_rule._widened = before

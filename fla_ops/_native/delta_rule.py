@@ -31,8 +31,9 @@ def _widened(q: torch.Tensor, v: torch.Tensor) -> bool:
 
     With a handful of channels many keys of a chunk are parallel, and a product of (1 - beta) cancels to less than the
     rounding of the chunk's sums; the step loop, which sums nothing, keeps it. For such heads float64 costs little.
+    The CUDA kernels are that loop.
     """
-    return q.dtype == torch.float32 and min(q.shape[-1], v.shape[-1]) <= 8
+    return q.device.type == "cpu" and q.dtype == torch.float32 and min(q.shape[-1], v.shape[-1]) <= 8
 
 
 def forward(q, k, v, beta, g, initial_state, cu_seqlens, *, scale, qk_l2norm, save_states):
