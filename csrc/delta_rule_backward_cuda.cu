@@ -1,19 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The delta rule for CUDA: gradients. delta_rule_cuda.cuh says how a warp holds its columns of S and dS.
+// The delta rule for CUDA: gradients. delta_rule_cuda.h says how a warp holds its columns of S and dS.
 //
 // `reverse_kernel`, parallel as the forward: a warp walks its sequence from the end. With S' = e^g S_{t-1}, r = v - S'^T k,
 // u = beta r, S = S' + k u^T and dS the gradient of S, a token does
 //   dS <- dS + scale q dO^T      du = dS^T k      dv = beta du      dbeta = r . du      dq = scale S dO
-//   dk = dS u - S' dv            dS <- dS - k dv^T                  dg = <dS, S'>       dS <- e^g dS
-// S' is not recovered from S, for which e^g may be too small. Blocks of 64 tokens are replayed from the state saved at
-// their start: once to keep a state every 8 tokens, then 8 tokens at a time to keep each S', both in `scratch`, where a
-// thread reads what it wrote itself.
+//   dk = dS u - S' dv            dS <- dS - k dv^T                  dg = e^g <dS, S_{t-1}>    dS <- e^g dS
+// S_{t-1} is not recovered from S, for which e^g may be too small. Blocks of 64 tokens are replayed from the state saved
+// at their start: once to keep a state every 8 tokens, then 8 tokens at a time to keep them all, both in `scratch`.
 // dq, dk, dbeta and dg are sums over the columns of V: over a warp's columns in registers, over a block's warps in
 // shared memory, and `finish_kernel` adds the blocks' and a head group's parts in order and undoes the norm of q and k.
 #include <tuple>
 
-#include "delta_rule_cuda.cuh"
+#include "delta_rule_cuda.h"
 
 namespace fla_ops {
 namespace {
@@ -21,8 +20,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int kGroup = 8;                                                 // tokens whose S' are kept at a time
-constexpr int kScratchStates = kCheckpointTokens / kGroup + kGroup;       // a thread's share of that many states
+constexpr int kGroup = 8;                                                 // tokens whose states are kept at a time
+constexpr int kScratchStates = kCheckpointTokens / kGroup + kGroup;       // a warp keeps
 template <class A> constexpr int kWarps = sizeof(A) == 8 ? 4 : 8;         // a block, at most
 
 struct DeltaRuleReverse {
@@ -33,20 +32,19 @@ struct DeltaRuleReverse {
   View d_initial_state;    // [N, HV, K, V]
   // A block's sums over its columns, [tiles, B, T, HV, K] and [tiles, B, T, HV], in the arithmetic's dtype.
   void *dq_parts, *dk_parts, *dbeta_parts, *dg_parts;
-  void* scratch;           // [kScratchStates, R C, threads]
+  void* scratch;           // [warps, kScratchStates, R, C, 32]
   int64_t B, T;
   int needs;               // only these gradients are computed
 };
 
-// A state in scratch: neighbouring threads' elements are neighbours.
+// The states that a warp keeps in scratch; a lane reads what it wrote itself.
 template <class A, int R, int C> struct Scratch {
   A* mine;
-  int64_t threads;
 
   __device__ explicit Scratch(void* data)
-      : mine(static_cast<A*>(data) + int64_t(blockIdx.x) * blockDim.x + threadIdx.x),
-        threads(int64_t(gridDim.x) * blockDim.x) {}
-  __device__ __forceinline__ A& at(int slot, int j, int c) const { return mine[((slot * R + j) * C + c) * threads]; }
+      : mine(static_cast<A*>(data) +
+             (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32 * (kScratchStates * R * C * 32) + threadIdx.x % 32) {}
+  __device__ __forceinline__ A& at(int slot, int j, int c) const { return mine[((slot * R + j) * C + c) * 32]; }
   __device__ __forceinline__ void save(const A (&state)[R][C], int slot) const {
     FLA_UNROLL for (int j = 0; j < R; j++)
       FLA_UNROLL for (int c = 0; c < C; c++) at(slot, j, c) = state[j][c];
@@ -57,18 +55,20 @@ template <class A, int R, int C> struct Scratch {
   }
 };
 
-// state: S_{t-1} to S_t. visit(S', residual) sees what the reverse walk needs of it.
-template <class T, class A, int R, int C, class F>
+// state: from before token `first` to after `count` tokens. `keep` saves what the way back needs: the state before each
+// token, in slots 0 to count - 1, and each token's v - S'^T k.
+template <class T, class A, int R, int C>
 __device__ __forceinline__ void replay(A (&state)[R][C], const DeltaRuleInputs& in, const Place& p, int64_t first,
-                                       int count, const F& visit) {
+                                       int count, bool keep, const Scratch<A, R, C>& scratch, A* residuals) {
   RawToken<T, R, C> next;
   next.read(in, in.v, p, first);
   for (int i = 0; i < count; i++) {
     const Token<A, R, C> token(next, in);
     if (i + 1 < count) next.read(in, in.v, p, first + i + 1);
+    if (keep) scratch.save(state, i);
     A residual[C];
     decay_and_compare(state, residual, token, p, in.K);
-    visit(i, residual);
+    if (keep && p.lane < C) residuals[i * C + p.lane] = own_element(residual, p.lane);
     FLA_UNROLL for (int j = 0; j < R; j++)
       if (p.row(j) < in.K) {
         FLA_UNROLL for (int c = 0; c < C; c++) state[j][c] += token.k[j] * (token.beta * residual[c]);
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(32 * kWarps<Arithmetic<T>>) reverse_kernel(Del
       load_state(state, in.checkpoints, p.first_checkpoint + block, p, K);
       scratch.save(state, kGroup);
       for (int n = 1; n < groups; n++) {
-        replay<T>(state, in, p, first + (n - 1) * kGroup, kGroup, [](int, const A(&)[C]) {});
+        replay<T>(state, in, p, first + (n - 1) * kGroup, kGroup, false, scratch, my_residuals);
         scratch.save(state, kGroup + n);
       }
     }
@@ -117,10 +117,7 @@ __global__ void __launch_bounds__(32 * kWarps<Arithmetic<T>>) reverse_kernel(Del
       if (sums) {
         A state[R][C];
         scratch.restore(state, kGroup + n);
-        replay<T>(state, in, p, begin, count, [&](int i, const A(&residual)[C]) {
-          scratch.save(state, i);
-          if (p.lane < C) my_residuals[i * C + p.lane] = own_element(residual, p.lane);
-        });
+        replay<T>(state, in, p, begin, count, true, scratch, my_residuals);
         __syncwarp(kWarp);
       }
       RawToken<T, R, C> next;
@@ -160,10 +157,10 @@ __global__ void __launch_bounds__(32 * kWarps<Arithmetic<T>>) reverse_kernel(Del
               if (c < p.columns) {
                 const A d = ds[j][c], d_decayed = d - token.k[j] * dv[c];
                 if (sums) {
-                  const A u = token.beta * residual[c], decayed = scratch.at(i, j, c);
+                  const A u = token.beta * residual[c], before = scratch.at(i, j, c), decayed = token.decay * before;
                   dq += (decayed + token.k[j] * u) * token.y[c];
                   dk += d * u - decayed * dv[c];
-                  dg += d_decayed * decayed;
+                  dg += d_decayed * before;
                 }
                 ds[j][c] = token.decay * d_decayed;
               }
@@ -175,7 +172,7 @@ __global__ void __launch_bounds__(32 * kWarps<Arithmetic<T>>) reverse_kernel(Del
           }
         if (!sums) continue;
 
-        if (x.needs & kNeedG) dg = sum_lanes(dg);
+        if (x.needs & kNeedG) dg = token.decay * sum_lanes(dg);
         A* const scalars = scalar_sums + buffer * W * 2;
         if (p.lane == 0) {
           scalars[p.warp * 2] = dbeta;
@@ -327,7 +324,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor dk_parts = make(kNeedK, {columns.tiles, B, T, HV, K}, exact);
     const Tensor dbeta_parts = make(kNeedBeta, {columns.tiles, B, T, HV}, exact);
     const Tensor dg_parts = make(kNeedG, {columns.tiles, B, T, HV}, exact);
-    const Tensor scratch = torch::stable::new_empty(q, {kScratchStates, R * C, int64_t(blocks) * threads}, exact);
+    const Tensor scratch = torch::stable::new_empty(q, {int64_t(blocks) * threads * kScratchStates * R * C}, exact);
     y.dq_parts = x.dq_parts = dq_parts.data_ptr();
     y.dk_parts = x.dk_parts = dk_parts.data_ptr();
     y.dbeta_parts = x.dbeta_parts = dbeta_parts.data_ptr();

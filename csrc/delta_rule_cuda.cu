@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The delta rule for CUDA, the fallback where Triton is not: forward and step. delta_rule_cuda.cuh says how a warp holds
+// The delta rule for CUDA, the fallback where Triton is not: forward and step. delta_rule_cuda.h says how a warp holds
 // its columns of the state; the gradients are in delta_rule_backward_cuda.cu.
 //
 // Parallel over sequences x value heads x groups of columns; a warp walks its sequence token by token:
@@ -8,7 +8,7 @@
 // A step is the same walk over one token, from and to a slot of the caller's states.
 #include <tuple>
 
-#include "delta_rule_cuda.cuh"
+#include "delta_rule_cuda.h"
 
 namespace fla_ops {
 namespace {
