@@ -13,6 +13,8 @@
 
 #include <torch/headeronly/util/Exception.h>
 
+#include <type_traits>
+
 #if defined(FLA_SIMT)
 
 #include "simt_shim.h"
@@ -26,9 +28,9 @@ namespace fla_ops {
 
 struct Stream {};
 
-template <class... Params, class... Args>
+template <class... Params>
 void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t dynamic_bytes, Stream,
-            const Args&... args) {
+            const std::type_identity_t<Params>&... args) {
   if (grid.x && grid.y && grid.z) simt::launch(name, kernel, grid, block, dynamic_bytes, args...);
 }
 
@@ -47,15 +49,15 @@ namespace fla_ops {
 
 using Stream = cudaStream_t;
 
-template <class... Params, class... Args>
+template <class... Params>
 void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t dynamic_bytes, Stream stream,
-            const Args&... args) {
+            const std::type_identity_t<Params>&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   cudaError_t error = cudaSuccess;
   if (dynamic_bytes > 48 * 1024)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(dynamic_bytes));
   if (error == cudaSuccess) {
-    kernel<<<grid, block, dynamic_bytes, stream>>>(static_cast<Params>(args)...);
+    kernel<<<grid, block, dynamic_bytes, stream>>>(args...);
     error = cudaGetLastError();
   }
   STD_TORCH_CHECK(error == cudaSuccess, "fla_ops: ", name, " did not launch: ", cudaGetErrorString(error));

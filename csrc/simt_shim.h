@@ -75,9 +75,10 @@ template <class T, size_t n> struct Shared {
   }
 };
 
-template <class... Params, class... Args>
-void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t dynamic_bytes, const Args&... args) {
-  const auto call = [&] { kernel(static_cast<Params>(args)...); };
+template <class... Params>
+void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t dynamic_bytes,
+            const std::type_identity_t<Params>&... args) {
+  const auto call = [&] { kernel(args...); };
   using Call = decltype(call);
   run_grid(name, grid, block, dynamic_bytes, [](const void* f) { (*static_cast<Call*>(f))(); }, &call);
 }

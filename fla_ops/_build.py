@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the native libraries from `csrc/`: used by setup.py, by `fla-ops build` and by the tests. Standard library only.
+"""Builds the native libraries from `csrc/`, for setup.py, `fla-ops build` and the tests. Standard library only.
 
 - `_C`: the schemas of every op and the CPU kernels, by the C++ compiler.
 - `_C_cuda`: the CUDA kernels of `*_cuda.cu`, by nvcc.
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -143,13 +143,17 @@ def cuda_archs(archs: Iterable[int]) -> list[str]:
     ]
 
 
-def build_simt(csrc: Path, target: Path, namespace: str = "fla_ops_simt") -> None:
-    """Compile the CUDA kernels of `csrc` for the host and link `target`, whose ops are `namespace`::*. Raises BuildError.
+def simt_flags(csrc: Path) -> list[str]:
+    return [*FLAGS, "-DFLA_SIMT", *_includes(csrc)]
 
-    Loaded with `torch.ops.load_library`; the ops take CPU tensors.
+
+def build_simt(csrc: Path, target: Path, namespace: str = "fla_ops_simt") -> None:
+    """Compile the CUDA kernels of `csrc` for the host and link the shared library `target`. Raises BuildError.
+
+    Its ops are `namespace`::*; loaded with `torch.ops.load_library`, they take CPU tensors.
     """
     _require(why_not())
-    flags = [*FLAGS, "-DFLA_SIMT", f"-DFLA_SIMT_NAMESPACE={namespace}", *_includes(csrc)]
+    flags = [*simt_flags(csrc), f"-DFLA_SIMT_NAMESPACE={namespace}"]
 
     def command(source: Path, obj: Path) -> list[str]:
         return [compiler(), *flags, "-c", "-o", str(obj), "-x", "c++", str(source)]
@@ -179,7 +183,7 @@ def _run(command: list[str]) -> None:
         raise BuildError(f"`{' '.join(command[:1])} ... {command[-1]}` exited {done.returncode}:\n{said}")
 
 
-def _build(sources: list[Path], target: Path, command, link: list[str]) -> None:
+def _build(sources: list[Path], target: Path, command: Callable[[Path, Path], list[str]], link: list[str]) -> None:
     """Run `command(source, object)` for each source and link the objects with torch's libraries."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:

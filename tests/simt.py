@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from fla_ops import _build, _native
+from fla_ops._native import causal_conv1d, delta_rule
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
@@ -30,6 +31,8 @@ def load() -> None:
             old.unlink()
         _build.build_simt(CSRC, library)
     torch.ops.load_library(library)
+    for family in (causal_conv1d, delta_rule):
+        family.register_fakes("fla_ops_simt")
 
 
 def _fingerprint() -> str:

@@ -47,9 +47,7 @@ def backward(x, weight, bias, initial_state, cu_seqlens, dy, dfinal_state, *, ac
     dy = _with_layout_of(x, dy)
     mask = sum(bit << i for i, bit in enumerate(needs))
     silu = activation is not None
-    grads = _native.ops.causal_conv1d_backward(
-        x, weight, bias, initial_state, cu_seqlens, silu, dy, dfinal_state, mask
-    )
+    grads = _native.ops.causal_conv1d_backward(x, weight, bias, initial_state, cu_seqlens, silu, dy, dfinal_state, mask)
     grads = [d if need else None for d, need in zip(grads, needs, strict=True)]
     if grads[3] is not None:
         grads[3] = grads[3].to(initial_state.dtype)
@@ -61,7 +59,7 @@ def step(x, weight, bias, *, state, activation, state_indices):
     return _native.ops.causal_conv1d_step(x, weight, bias, state, activation is not None, state_indices)
 
 
-def _register_fakes() -> None:
+def register_fakes(namespace: str = "fla_ops") -> None:
     """Shapes, dtypes and layouts for torch.compile and FakeTensor."""
 
     def empty_with_layout(x):
@@ -73,11 +71,11 @@ def _register_fakes() -> None:
         accumulator = torch.promote_types(x.dtype, torch.float32)
         return x.new_empty(N, x.shape[1], weight.shape[1] - 1, dtype=accumulator)
 
-    @torch.library.register_fake("fla_ops::causal_conv1d_forward")
+    @torch.library.register_fake(f"{namespace}::causal_conv1d_forward")
     def _(x, weight, bias, initial_state, cu_seqlens, silu):
         return empty_with_layout(x), empty_state(x, weight, cu_seqlens)
 
-    @torch.library.register_fake("fla_ops::causal_conv1d_backward")
+    @torch.library.register_fake(f"{namespace}::causal_conv1d_backward")
     def _(x, weight, bias, initial_state, cu_seqlens, silu, dy, dfinal_state, needs):
         return (
             empty_with_layout(x) if needs & 1 else x.new_empty(0),
@@ -86,10 +84,10 @@ def _register_fakes() -> None:
             empty_state(x, weight, cu_seqlens) if needs & 8 else x.new_empty(0),
         )
 
-    @torch.library.register_fake("fla_ops::causal_conv1d_step")
+    @torch.library.register_fake(f"{namespace}::causal_conv1d_step")
     def _(x, weight, bias, state, silu, state_indices):
         return x.new_empty(x.shape)
 
 
 if _load_error is None:
-    _register_fakes()
+    register_fakes()

@@ -101,13 +101,13 @@ def step(q, k, v, beta, g, *, state, scale, qk_l2norm, state_indices):
     return o
 
 
-def _register_fakes() -> None:
+def register_fakes(namespace: str = "fla_ops") -> None:
     """Shapes and dtypes for torch.compile and FakeTensor."""
 
     def accumulator(q):
         return torch.promote_types(q.dtype, torch.float32)
 
-    @torch.library.register_fake("fla_ops::delta_rule_forward")
+    @torch.library.register_fake(f"{namespace}::delta_rule_forward")
     def _(q, k, v, beta, g, scale, initial_state, cu_seqlens, qk_l2norm, save_states):
         B, T, _, K = q.shape
         HV, V = v.shape[2:]
@@ -119,17 +119,17 @@ def _register_fakes() -> None:
         saved = (blocks, HV, K, V) if save_states else (0,)
         return o, final, v.new_empty(saved, dtype=accumulator(q))
 
-    @torch.library.register_fake("fla_ops::delta_rule_backward")
+    @torch.library.register_fake(f"{namespace}::delta_rule_backward")
     def _(q, k, v, beta, g, scale, initial_state, cu_seqlens, qk_l2norm, states, do, dfinal, needs):
         N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         state = v.new_empty(N, v.shape[2], q.shape[3], v.shape[3], dtype=accumulator(q))
         shapes = (q, k, v, beta, q.new_empty(0) if g is None else g, state)
         return tuple(x.new_empty(x.shape if needs >> i & 1 else (0,)) for i, x in enumerate(shapes))
 
-    @torch.library.register_fake("fla_ops::delta_rule_step")
+    @torch.library.register_fake(f"{namespace}::delta_rule_step")
     def _(q, k, v, beta, g, state, scale, qk_l2norm, state_indices):
         return v.new_empty(v.shape)
 
 
 if _load_error is None:
-    _register_fakes()
+    register_fakes()
