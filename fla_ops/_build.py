@@ -131,7 +131,7 @@ def build_cuda(csrc: Path, target: Path, archs: Iterable[int] = CUDA_ARCHS) -> N
         return [nvcc(), *flags, "-c", "-o", str(obj), str(source)]
 
     # libtorch brings libtorch_cuda with it, so a linker must not drop it as unneeded.
-    link = [nvcc(), "-shared", "-cudart=static", "-Xlinker=--no-as-needed"]
+    link = [nvcc(), "-shared", "-cudart=static", *cuda_archs(archs), "-Xlinker=--no-as-needed"]
     _build(cuda_sources(csrc), target, command, link)
 
 
