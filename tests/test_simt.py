@@ -165,3 +165,63 @@ def test_a_barrier_dropped_from_a_real_kernel_shows(tmp_path):
         torch.ops.load_library(tmp_path / f"{namespace}.so")
         found = gradients(getattr(torch.ops, namespace))
         assert not all(torch.equal(right, got) for got in found), f"barrier {i} can go"
+
+
+def conv_calls(dtype):
+    """Every kernel of the convolution: two layouts, packed and not, steps, more strips than one."""
+    x, weight, bias = torch.randn(1, 7, 90).to(dtype), torch.randn(7, 4).to(dtype), torch.randn(7).to(dtype)
+    for layout in (x, x.transpose(1, 2).contiguous().transpose(1, 2)):
+        for bounds in (None, torch.tensor([0, 1, 1, 40, 90], dtype=torch.int32)):
+            N = 1 if bounds is None else 4
+            state = torch.randn(N, 7, 3)
+            yield "forward", (layout, weight, bias, state, bounds, True)
+            yield "backward", (layout, weight, bias, state, bounds, True, layout, state, 15)
+    yield "step", (x[0].T, weight, bias, torch.randn(90, 7, 3), True, None)
+    yield "step", (x[0, :, :3].T, weight, bias, torch.randn(5, 7, 3), False, torch.tensor([4, -1, 0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_lane_orders_agree_bit_for_bit(dtype):
+    simt.load()
+    for op, arguments in conv_calls(dtype):
+        results = []
+        for order in ORDERS:
+            given = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+            with simt.lane_order(order):
+                out = getattr(torch.ops.fla_ops_simt, f"causal_conv1d_{op}")(*given)
+            results.append([*([out] if op == "step" else out), *(a for a in given if isinstance(a, torch.Tensor))])
+        for first, second in zip(*results, strict=True):
+            assert torch.equal(first, second), op
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_bounds_and_slots_that_only_the_device_knows(order):
+    """What no sequence covers is 0, bounds are clamped into the row, slots outside of the state are skipped."""
+    simt.load()
+    ops = torch.ops.fla_ops_simt
+    x, weight, bias = torch.randn(1, 5, 70), torch.randn(5, 4), torch.randn(5)
+    with simt.lane_order(order):
+        for bounds, covered in (([2, 5, 65], slice(2, 65)), ([-9, 5, 99], slice(0, 70)), ([5], slice(0, 0))):
+            bounds = torch.tensor(bounds)
+            y, final = ops.causal_conv1d_forward(x, weight, bias, None, bounds, True)
+            grads = ops.causal_conv1d_backward(x, weight, bias, None, bounds, True, x, final, 15)
+            inside = torch.tensor([0, *bounds[1:-1], 70]) - torch.tensor(covered.start)
+            inside = inside.clamp(0, covered.stop - covered.start) if len(bounds) > 1 else bounds[:1] - 5
+            part = x[:, :, covered]
+            same = ops.causal_conv1d_forward(part, weight, bias, None, inside, True)
+            gradients = ops.causal_conv1d_backward(part, weight, bias, None, inside, True, part, final, 15)
+            for whole, piece in ((y, same[0]), (grads[0], gradients[0])):
+                assert torch.equal(whole[:, :, covered], piece)
+                assert not whole[:, :, : covered.start].any() and not whole[:, :, covered.stop :].any()
+            assert torch.equal(final, same[1]) and torch.equal(grads[3], gradients[3])
+            torch.testing.assert_close(grads[1], gradients[1])
+        for bounds in ([0, 60, 3, 70], [70, 0], [-5, -1, -3], [9, 2**40, -(2**40), 1]):
+            bounds = torch.tensor(bounds)
+            y, final = ops.causal_conv1d_forward(x, weight, bias, None, bounds, True)
+            grads = ops.causal_conv1d_backward(x, weight, bias, None, bounds, True, x, final, 15)
+            assert all(result.isfinite().all() for result in (y, final, *grads))
+        state = torch.randn(3, 5, 3)
+        before = state.clone()
+        y = ops.causal_conv1d_step(x[0, :, :3].T, weight, bias, state, True, torch.tensor([3, -2, 1]))
+        assert not y[:2].any() and y[2].any()
+        assert torch.equal(state[[0, 2]], before[[0, 2]]) and torch.equal(state[1, :, :2], before[1, :, 1:])
