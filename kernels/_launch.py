@@ -18,6 +18,7 @@ class LaunchConfig:
     """How one kernel is launched for some op, sizes, dtype and architecture. Rows of the tables in `_config.py`."""
 
     BT: int  # tokens of a tile
+    BK: int = 0  # key channels of a tile (delta rule)
     BV: int = 0  # value channels of a tile (delta rule)
     BD: int = 0  # channels of a tile (convolution)
     num_warps: int = 4
@@ -61,6 +62,15 @@ def multiprocessors(x: torch.Tensor) -> int:
 def on_device(x: torch.Tensor):
     """Triton launches on the current device: make it that of x."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def _workspace(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def allow_descriptors() -> None:
+    """Kernels that make tensor descriptors need a little device memory at launch: torch's, so that graphs keep it."""
+    triton.set_allocator(_workspace)
 
 
 def precision(dtype: torch.dtype) -> str:

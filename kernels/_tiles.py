@@ -27,6 +27,26 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def cast(x, dtype: tl.constexpr):
+    """x in another dtype, rounded to nearest. Triton's interpreter cuts off what bfloat16 cannot hold: round there."""
+    if INTERPRET:
+        if dtype == tl.bfloat16:
+            if x.dtype != tl.bfloat16:
+                x = x.to(tl.float32)
+                bits = x.to(tl.uint32, bitcast=True)
+                rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+                bits = tl.where(x == x, rounded, bits | 0x400000)
+                return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def not_finite(x):
+    """Where x is NaN or infinite: x - x is 0 for finite x alone."""
+    return (x - x) != 0
+
+
+@triton.jit
 def sequence_bounds(cu_seqlens, n, T):
     """(first token, length) of packed sequence n. Bad values of cu_seqlens give other tokens of [0, T), never others."""
     start = tl.minimum(tl.maximum(tl.load(cu_seqlens + n).to(tl.int64), 0), T)
@@ -58,3 +78,36 @@ def sequence_of_slot(cu_seqlens, slot, N, T, ROWS):
         else:
             high = middle - 1
     return low
+
+
+@triton.jit
+def tile_source(base, rows, stride, columns, BT: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
+    """What `load_tile` reads [BT, BD] tiles from: a tensor descriptor, whose bounds make zeros, or a pointer."""
+    if TMA:
+        return tl.make_tensor_descriptor(base, [tl.maximum(rows, 1), columns], [stride, 1], [BT, BD])
+    else:
+        return base
+
+
+@triton.jit
+def load_tile(source, first, rows, stride, columns, BT: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
+    """Rows [first, first + BT) of a source; zeros outside of [0, rows) x [0, columns)."""
+    if TMA:
+        return source.load([first, 0])
+    else:
+        row = first + tl.arange(0, BT)
+        column = tl.arange(0, BD)
+        at = row.to(tl.int64)[:, None] * stride + column[None, :]
+        return tl.load(source + at, mask=(row < rows)[:, None] & (column < columns)[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(target, x, first, rows, stride, columns, BT: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
+    """Write x [BT, BD] to rows [first, first + rows) of a target made by `tile_source`, columns [0, columns)."""
+    if TMA:
+        target.store([first, 0], x)
+    else:
+        row = tl.arange(0, BT)
+        column = tl.arange(0, BD)
+        at = (first + row).to(tl.int64)[:, None] * stride + column[None, :]
+        tl.store(target + at, x, mask=(row < rows)[:, None] & (column < columns)[None, :])
