@@ -53,7 +53,7 @@ test-gpu: install
 
 # What the kernels compile to on GPUs that are not here.
 report: $(OTHER_TRITONS:%=$(VENV)/triton-%)
-	$(PYTHON) -m fla_ops.kernels.report $(^:%=--triton %)
+	$(PYTHON) -m fla_ops.kernels.report $(^:%=--triton %) --write bench/results/ahead-of-time.md
 
 bench: install
 	$(PYTHON) -m fla_ops.cli bench --all
