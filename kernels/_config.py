@@ -34,6 +34,13 @@ def delta_rule_forward_config(K: int, V: int, dtype: torch.dtype, arch: str) -> 
     return LaunchConfig(BT=16, BV=16, num_warps=4, num_stages=1)
 
 
+def delta_rule_gradients_config(K: int, V: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
+    """One program a chunk and query head; BV value columns of states and values at a time."""
+    if dtype.itemsize == 2:
+        return LaunchConfig(BT=64, BV=min(_power_of_two(V), 32 if K > 128 else 64), num_warps=8, num_stages=2)
+    return LaunchConfig(BT=16, BV=16, num_warps=4, num_stages=1)
+
+
 def delta_rule_step_config(K: int, V: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
     """One program a row, value head and BV value columns."""
     return LaunchConfig(BT=1, BV=min(_power_of_two(V), max(16, 4096 // _power_of_two(K))), num_warps=4, num_stages=1)

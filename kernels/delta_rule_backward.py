@@ -29,7 +29,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._config import CHECKPOINT, delta_rule_forward_config
+from ._config import CHECKPOINT, delta_rule_forward_config, delta_rule_gradients_config
 from ._launch import allow_descriptors, arch, on_device, precision
 from ._operators import operator
 from ._tiles import cast, dot, first_slot, load_tile, not_finite, sequence_bounds, sequence_of_slot, store_tile, tile_source
@@ -681,9 +681,9 @@ def key_gradients_kernel(
         store_tile(dk, cast(grad, narrow), token, live, H * K, K, BT, BK, False)
 
 
-def _rows(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """The kernels take any outer strides and need unit stride along the last dimension."""
-    return tuple(t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tensors)
+def _rows(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The kernels take any outer strides below 2^24 and need unit stride along the last dimension."""
+    return tuple(t if t.stride(-1) == 1 and t.stride(1) < 2**24 else t.contiguous() for t in tensors)
 
 
 def _results(q, k, v, beta, g, initial_state, *_, needs, **__):
@@ -751,7 +751,9 @@ def backward(
     lengths = (cu_seqlens, T, N)
     sizes = {"K": K, "V": V, "ROWS": rows, "BT": BT, "BK": power_of_two(K), "BV": BV, "ALIGN": align}
     walk = {"STAGES": config.num_stages, "TMA": tma, "PRECISION": precision(q.dtype)} | config.options
-    one = {"STAGES": config.num_stages, "PRECISION": precision(q.dtype)} | config.options
+    config = delta_rule_gradients_config(K, V, q.dtype, arch())
+    chunk_sizes = sizes | {"BV": config.BV}
+    chunk = {"STAGES": config.num_stages, "PRECISION": precision(q.dtype)} | config.options
     with on_device(q):
         if T and (queries or keys):
             replay_kernel[(states.shape[0] * blocks, HV)](
@@ -820,8 +822,8 @@ def backward(
                 *q.stride()[:3],
                 *k.stride()[:3],
                 *do.stride()[:3],
-                **sizes,
-                **one,
+                **chunk_sizes,
+                **chunk,
             )
         if T and keys:
             key_gradients_kernel[(slots, H)](
@@ -854,7 +856,7 @@ def backward(
                 *v.stride()[:3],
                 *beta.stride(),
                 *do.stride()[:3],
-                **sizes,
-                **one,
+                **chunk_sizes,
+                **chunk,
             )
     return grads
