@@ -26,7 +26,7 @@ import triton.language as tl
 from . import _config
 from ._launch import arch, multiprocessors, on_device
 from ._launch import why_not as _why_not_here
-from ._tiles import sequence_bounds
+from ._tiles import cast, sequence_bounds
 
 RUN = 8  # tokens of a lane that loads them one at a time
 VECTOR_BYTES = 16  # of a lane that loads its run at once
@@ -119,13 +119,13 @@ def _store_run(
         if MASKED:
             mask = mask & (time < L)
         run_at = at[:, :, None] + tl.arange(0, RUN)[None, None, :] * stride_t
-        tl.store(run_at, _join_run(columns, RUN).to(dtype), mask=mask[:, :, None])
+        tl.store(run_at, cast(_join_run(columns, RUN), dtype), mask=mask[:, :, None])
     else:
         for i in tl.static_range(RUN):
             mask = live
             if MASKED:
                 mask = mask & (time + i < L)
-            tl.store(at, columns[i].to(dtype), mask=mask)
+            tl.store(at, cast(columns[i], dtype), mask=mask)
             at += stride_t
 
 
@@ -454,7 +454,7 @@ def _initial_state_gradient(
         if dfinal_state is not None:  # the column is still in the final state of a short sequence
             at = dfinal_state + channel * dfinal_stride_d + (j - length) * dfinal_stride_w
             gradient += tl.load(at, mask=live & (length <= j), other=0).to(gradient.dtype)
-        tl.store(dstate + channel * (W - 1) + j, gradient.to(dstate.dtype.element_ty), mask=live)
+        tl.store(dstate + channel * (W - 1) + j, cast(gradient, dstate.dtype.element_ty), mask=live)
 
 
 @triton.jit(do_not_specialize=["N", "L", "tiles", "time_blocks", "channel_blocks", "steps"])
@@ -572,9 +572,9 @@ def _reduce_kernel(
     if s < W:
         if dweight is not None:
             at = dweight + channel.to(tl.int64) * W + (W - 1 - s)
-            tl.store(at, total.to(dweight.dtype.element_ty), mask=channel < D)
+            tl.store(at, cast(total, dweight.dtype.element_ty), mask=channel < D)
     elif dbias is not None:
-        tl.store(dbias + channel, total.to(dbias.dtype.element_ty), mask=channel < D)
+        tl.store(dbias + channel, cast(total, dbias.dtype.element_ty), mask=channel < D)
 
 
 # ------------------------------------------------------------------------------------------------- step
@@ -615,11 +615,11 @@ def _step_kernel(
         for j in tl.static_range(W - 1):
             inputs = inputs + (tl.load(at + j * state_stride_w, mask=live, other=0),)
             z += taps[W - 1 - j] * inputs[j].to(dtype)
-        inputs = inputs + (now.to(state.dtype.element_ty),)
+        inputs = inputs + (cast(now, state.dtype.element_ty),)
         tl.debug_barrier()  # a column is overwritten only when every thread has read it
         for j in tl.static_range(W - 1):
             tl.store(at + j * state_stride_w, inputs[j + 1], mask=live)
-        tl.store(y_at, _activate(z, SILU).to(y.dtype.element_ty), mask=live)
+        tl.store(y_at, cast(_activate(z, SILU), y.dtype.element_ty), mask=live)
     else:
         tl.store(y_at, tl.zeros([BD], y.dtype.element_ty), mask=live)
 

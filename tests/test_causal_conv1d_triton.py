@@ -45,8 +45,8 @@ def check(W, L, D, layout, bounds=None):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
 
 
-# In float64 a channel-first tile has 64 tokens (256 where L is odd) of 4 channels (64 in the interpreter), a channel-last tile of few channels
-# hundreds of tokens, of 64 channels or more 32 tokens.
+# In float64 a channel-first tile has 64 tokens (256 where L is odd) of 4 channels (64 in the interpreter); a
+# channel-last tile hundreds of tokens of few channels, 32 tokens of 64 channels or more.
 @pytest.mark.parametrize(
     ("layout", "W", "L", "D"),
     [
@@ -71,7 +71,7 @@ def test_packed_boundaries_at_edges_of_tiles(layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_uncovered_and_bad_bounds(layout):
-    """Bounds that only the device knows: tokens of no sequence are 0, whatever they hold; no result is left unwritten."""
+    """Bounds that only the device knows: tokens of no sequence are 0, whatever they hold; every result is written."""
     from fla_ops.kernels import causal_conv1d as kernels
 
     (x, weight, bias, state), dy, dfinal = make(4, 70, 2, 2)
