@@ -598,7 +598,7 @@ def _step_kernel(
 ):  # fmt: skip
     blocks = tl.cdiv(D, BD)
     b = (tl.program_id(0) // blocks).to(tl.int64)
-    channel = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
+    channel = (tl.program_id(0) % blocks * BD + tl.arange(0, BD)).to(tl.int64)
     live = channel < D
     slot = b
     if state_indices is not None:
@@ -607,7 +607,6 @@ def _step_kernel(
     if (slot >= 0) & (slot < slots):
         dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
         taps, z = _load_weight(weight, weight_stride_d, weight_stride_w, bias, bias_stride, channel, D, W, dtype)
-        channel = channel.to(tl.int64)
         now = tl.load(x + b * x_stride_b + channel * x_stride_d, mask=live, other=0).to(dtype)
         z += taps[0] * now
         at = state + slot * state_stride_n + channel * state_stride_d
