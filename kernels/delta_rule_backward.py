@@ -395,39 +395,28 @@ def _zero_uncovered(x, slot, cu_seqlens, N, T, row_stride, columns, ROWS: tl.con
 
 
 @triton.jit
-def _inverse_norm(x, QK_L2NORM: tl.constexpr, DTYPE: tl.constexpr):
-    """1 / |row| of x [BT, BK]; 1 without the norm."""
-    if QK_L2NORM:
-        x = x.to(DTYPE)
-        return 1 / tl.sqrt(tl.sum(x * x, 1) + 1e-6)
-    else:
-        return tl.full((x.shape[0],), 1.0, DTYPE)
+def _rows_of(x, stride, rows, columns, BT: tl.constexpr, BD: tl.constexpr):
+    """A tile [BT, BD] from its first element on, zeros outside of [0, rows) x [0, columns); 32-bit offsets."""
+    row = tl.arange(0, BT)
+    column = tl.arange(0, BD)
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    return tl.load(x + ((row * stride)[:, None] + column[None, :]), mask=mask, other=0.0)
 
 
 @triton.jit
-def _between(g, row, BT: tl.constexpr):
-    """e^{sum of g over the tokens behind the earlier and up to the later} of each pair of a chunk's rows, symmetric."""
-    down = tl.cumsum(tl.where(row[:, None] > row[None, :], g[:, None], 0.0), 0)
-    across = tl.cumsum(tl.where(row[:, None] < row[None, :], g[None, :], 0.0), 1)
-    return tl.exp(down + across)
+def _through_norm(dx, x):
+    """The gradient of rows x from r times that of r x, where r is one over the norm of a row."""
+    x = x.to(dx.dtype)
+    return dx - x * (tl.sum(dx * x, 1) / (tl.sum(x * x, 1) + 1e-6))[:, None]
 
 
-@triton.jit
-def _through_norm(dx, x, norm, QK_L2NORM: tl.constexpr):
-    """The gradient of a row x from dx = norm * that of norm * x."""
-    if QK_L2NORM:
-        wide = x.to(dx.dtype)
-        return dx - wide * (norm * norm * tl.sum(dx * wide, 1))[:, None]
-    else:
-        return dx
-
-
-@triton.jit(do_not_specialize=["T", "N", "factor_step", "q_b", "k_b", "do_b", "g_b", "scale"])
+@triton.jit(do_not_specialize=["T", "N", "factor_step", "q_b", "k_b", "do_b", "scale"])
 def query_gradients_kernel(
     q,  # [B, T, H, K]
     k,  # [B, T, H, K]
     do,  # [B, T, HV, V]
-    g,  # [B, T, HV] or None
+    gamma,  # [slots, HV, BT, BT] or None
+    norms,  # [2, B, HV, T] or None: r_k, r_q
     factors,  # [3, B, HV, T]: a, b, c
     S0,  # [slots, HV, K, V]
     X,  # [slots, HV, BT, V]
@@ -448,9 +437,6 @@ def query_gradients_kernel(
     do_b,
     do_t,
     do_h,
-    g_b,
-    g_t,
-    g_h,
     K: tl.constexpr,
     V: tl.constexpr,
     ROWS: tl.constexpr,
@@ -458,7 +444,6 @@ def query_gradients_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     ALIGN: tl.constexpr,  # the batch strides of q, k and do are multiples of this
-    QK_L2NORM: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -478,50 +463,53 @@ def query_gradients_kernel(
     row = tl.arange(0, BT)
     q += tl.multiple_of(batch * q_b, ALIGN) + token * q_t + head * q_h
     k += tl.multiple_of(batch * k_b, ALIGN) + token * k_t + head * k_h
-    q_tile = load_tile(q, 0, live, q_t, K, BT, BK, False)
-    q_norm = _inverse_norm(q_tile, QK_L2NORM, compute)
     grad = tl.zeros((BT, BK), compute)
-    for hv in range(head * group, head * group + group):
+    for member in tl.range(group, disable_licm=True):
+        hv = head * group + member
         at = tl.cast(slot, tl.int64) * HV + hv
         do_at = do + tl.multiple_of(batch * do_b, ALIGN) + token * do_t + hv * do_h
         state = tl.zeros((BT, BK), compute)
         scores = tl.zeros((BT, BT), compute)
         for first in tl.range(0, V, BV, num_stages=STAGES):
             columns = V - first
-            do_tile = load_tile(do_at + first, 0, live, do_t, columns, BT, BV, False)
-            S_tile = load_tile(S0 + at * (K * V) + first, 0, K, V, columns, BK, BV, False)
-            X_tile = load_tile(X + at * (BT * V) + first, 0, BT, V, columns, BT, BV, False)
+            do_tile = _rows_of(do_at + first, do_t, live, columns, BT, BV)
+            S_tile = _rows_of(S0 + at * (K * V) + first, V, K, columns, BK, BV)
+            X_tile = _rows_of(X + at * (BT * V) + first, V, BT, columns, BT, BV)
             state = dot(do_tile, tl.trans(S_tile), state, PRECISION)
             scores = dot(do_tile, tl.trans(X_tile), scores, PRECISION)
-        b = tl.load(factors + factor_step + (batch * HV + hv) * T + token + row, mask=row < live, other=0.0)
+        line = (batch * HV + hv) * T + token + row
+        b = tl.load(factors + line + factor_step, mask=row < live, other=0.0)
         state = state * b[:, None]
         if dg_start is not None:
-            own = tl.sum(state * load_tile(q, 0, live, q_t, K, BT, BK, False), 1)
-            tl.store(dg_start + (batch * HV + hv) * T + token + row, own, mask=row < live)
+            own = tl.sum(state * _rows_of(q, q_t, live, K, BT, BK), 1)
+            tl.store(dg_start + line, own, mask=row < live)
         if dq is not None:
             grad += state
-            k_tile = load_tile(k, 0, live, k_t, K, BT, BK, False)
-            if g is not None:
-                gate = tl.load(g + batch * g_b + (token + row) * g_t + hv * g_h, mask=row < live, other=0.0).to(compute)
-                scores = scores * _between(gate, row, BT)
-            scores = scores * (scale * q_norm[:, None] * _inverse_norm(k_tile, QK_L2NORM, compute)[None, :])
-            scores = tl.where(row[:, None] >= row[None, :], scores, 0.0)
+            k_tile = _rows_of(k, k_t, live, K, BT, BK)
+            if gamma is not None:
+                scores = scores * tl.load(gamma + at * (BT * BT) + row[:, None] * BT + row[None, :])
+            if norms is not None:
+                r_k = tl.load(norms + line, mask=row < live, other=0.0)
+                r_q = tl.load(norms + line + factor_step, mask=row < live, other=0.0)
+                scores = scores * r_q[:, None] * r_k[None, :]
+            scores = tl.where(row[:, None] >= row[None, :], scores * scale, 0.0)
             grad = dot(cast(scores, narrow), k_tile, grad, PRECISION)
     if dq is not None:
-        q_tile = load_tile(q, 0, live, q_t, K, BT, BK, False)
-        grad = cast(_through_norm(grad, q_tile, q_norm, QK_L2NORM), narrow)
-        store_tile(dq, grad, token, live, H * K, K, BT, BK, False)
+        if norms is not None:
+            grad = _through_norm(grad, _rows_of(q, q_t, live, K, BT, BK))
+        store_tile(dq, cast(grad, narrow), token, live, H * K, K, BT, BK, False)
 
 
-@triton.jit(do_not_specialize=["T", "N", "factor_step", "q_b", "k_b", "v_b", "do_b", "beta_b", "g_b", "scale"])
+@triton.jit(do_not_specialize=["T", "N", "factor_step", "q_b", "k_b", "v_b", "do_b", "beta_b", "scale"])
 def key_gradients_kernel(
     q,  # [B, T, H, K]
     k,  # [B, T, H, K]
     v,  # [B, T, HV, V]
     beta,  # [B, T, HV]
-    g,  # [B, T, HV] or None
     do,  # [B, T, HV, V]
     P,  # [slots, HV, BT, BT]
+    gamma,  # [slots, HV, BT, BT] or None
+    norms,  # [2, B, HV, T] or None: r_k, r_q
     factors,  # [3, B, HV, T]: a, b, c
     decay,  # [slots, HV]
     S0,  # [slots, HV, K, V]
@@ -550,9 +538,6 @@ def key_gradients_kernel(
     beta_b,
     beta_t,
     beta_h,
-    g_b,
-    g_t,
-    g_h,
     do_b,
     do_t,
     do_h,
@@ -563,7 +548,6 @@ def key_gradients_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     ALIGN: tl.constexpr,  # the batch strides of q, k, v and do are multiples of this
-    QK_L2NORM: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -597,92 +581,104 @@ def key_gradients_kernel(
     lower = row[:, None] > row[None, :]
     q += tl.multiple_of(batch * q_b, ALIGN) + token * q_t + head * q_h
     k += tl.multiple_of(batch * k_b, ALIGN) + token * k_t + head * k_h
-    k_norm = _inverse_norm(load_tile(k, 0, live, k_t, K, BT, BK, False), QK_L2NORM, compute)
     grad = tl.zeros((BT, BK), compute)
-    for hv in range(head * group, head * group + group):
-        at = tl.cast(slot, tl.int64) * HV + hv
-        do_at = do + tl.multiple_of(batch * do_b, ALIGN) + token * do_t + hv * do_h
-        v_at = v + tl.multiple_of(batch * v_b, ALIGN) + token * v_t + hv * v_h
-        line = (batch * HV + hv) * T + token + row
-        a = tl.load(factors + line, mask=alive, other=0.0)
-        c = tl.load(factors + line + 2 * factor_step, mask=alive, other=0.0)
-        rate = tl.load(beta + batch * beta_b + (token + row) * beta_t + hv * beta_h, mask=alive, other=0.0).to(compute)
-        if g is not None:
-            gate = tl.load(g + batch * g_b + (token + row) * g_t + hv * g_h, mask=alive, other=0.0).to(compute)
-            between = _between(gate, row, BT)
-        else:
-            between = tl.full((BT, BT), 1.0, compute)
 
-        # Through the chunk's exit state, and through P.
+    # Through the chunk's exit state, and through P.
+    for member in tl.range(group, disable_licm=True):
+        hv = head * group + member
+        at = tl.cast(slot, tl.int64) * HV + hv
+        line = (batch * HV + hv) * T + token + row
+        do_at = do + tl.multiple_of(batch * do_b, ALIGN) + token * do_t + hv * do_h
         state = tl.zeros((BT, BK), compute)
         scores = tl.zeros((BT, BT), compute)
         for first in tl.range(0, V, BV, num_stages=STAGES):
             columns = V - first
-            X_tile = load_tile(X + at * (BT * V) + first, 0, BT, V, columns, BT, BV, False)
-            do_tile = load_tile(do_at + first, 0, live, do_t, columns, BT, BV, False)
-            dS_tile = load_tile(dS + at * (K * V) + first, 0, K, V, columns, BK, BV, False)
+            X_tile = _rows_of(X + at * (BT * V) + first, V, BT, columns, BT, BV)
+            do_tile = _rows_of(do_at + first, do_t, live, columns, BT, BV)
+            dS_tile = _rows_of(dS + at * (K * V) + first, V, K, columns, BK, BV)
             state = dot(X_tile, tl.trans(dS_tile), state, PRECISION)
             scores = dot(X_tile, tl.trans(do_tile), scores, PRECISION)
-        k_tile = load_tile(k, 0, live, k_t, K, BT, BK, False)
-        state = state * c[:, None]
+        state = state * tl.load(factors + line + 2 * factor_step, mask=alive, other=0.0)[:, None]
         if dg is not None:
-            to_end = tl.sum(state * k_tile, 1)
-            P_tile = tl.load(P + at * (BT * BT) + row[None, :] * BT + row[:, None])
-            paths = tl.where(upper, scores * P_tile, 0.0)
+            # [j, m]: the paths over m from j, by way of P to m or later or of the exit state; m's own from the entry.
+            to_end = tl.sum(state * _rows_of(k, k_t, live, K, BT, BK), 1)
+            paths = scores * tl.load(P + at * (BT * BT) + row[None, :] * BT + row[:, None])
+            paths = tl.cumsum(tl.where(upper, paths, 0.0), 1, reverse=True) + to_end[:, None]
+            own = tl.load(dg_start + line, mask=alive, other=0.0)
+            total = tl.load(decay + at)
+            passed = tl.zeros((BK,), compute)
+            for first in tl.range(0, V, BV, num_stages=1):
+                columns = V - first
+                S_tile = _rows_of(S0 + at * (K * V) + first, V, K, columns, BK, BV)
+                dS_tile = _rows_of(dS + at * (K * V) + first, V, K, columns, BK, BV)
+                passed += tl.sum(S_tile.to(compute) * dS_tile, 1)
+            passed = tl.where(total == 0, 0.0, total * tl.sum(passed, 0))
+            tl.store(dg_start + line, tl.sum(tl.where(upper, paths, own[:, None]), 0) + passed, mask=alive)
         if dk is not None:
             grad += state
-            q_tile = load_tile(q, 0, live, q_t, K, BT, BK, False)
-            q_norm = _inverse_norm(q_tile, QK_L2NORM, compute)
-            scores = tl.where(lower, 0.0, scores * between * (scale * k_norm[:, None] * q_norm[None, :]))
-            grad = dot(cast(scores, narrow), q_tile, grad, PRECISION)
+            if gamma is not None:
+                scores = scores * tl.load(gamma + at * (BT * BT) + row[:, None] * BT + row[None, :])
+            if norms is not None:
+                r_k = tl.load(norms + line, mask=alive, other=0.0)
+                r_q = tl.load(norms + line + factor_step, mask=alive, other=0.0)
+                scores = scores * r_k[:, None] * r_q[None, :]
+            scores = cast(tl.where(lower, 0.0, scores * scale), narrow)
+            grad = dot(scores, _rows_of(q, q_t, live, K, BT, BK), grad, PRECISION)
 
-        # Through the chunk's entry state, and through the inverse.
+    tl.debug_barrier()  # other threads read what dg_start got
+    # Through the chunk's entry state, and through the inverse.
+    for member in tl.range(group, disable_licm=True):
+        hv = head * group + member
+        at = tl.cast(slot, tl.int64) * HV + hv
+        line = (batch * HV + hv) * T + token + row
+        v_at = v + tl.multiple_of(batch * v_b, ALIGN) + token * v_t + hv * v_h
+        rate = tl.load(beta + batch * beta_b + (token + row) * beta_t + hv * beta_h, mask=alive, other=0.0).to(compute)
         state = tl.zeros((BT, BK), compute)
         over = tl.zeros((BT, BT), compute)  # X dR^T
         under = tl.zeros((BT, BT), compute)  # its transpose
         dots = tl.zeros((BT,), compute)
         for first in tl.range(0, V, BV, num_stages=STAGES):
             columns = V - first
-            dR_tile = load_tile(dR + at * (BT * V) + first, 0, BT, V, columns, BT, BV, False)
-            X_tile = load_tile(X + at * (BT * V) + first, 0, BT, V, columns, BT, BV, False)
-            S_tile = load_tile(S0 + at * (K * V) + first, 0, K, V, columns, BK, BV, False)
+            dR_tile = _rows_of(dR + at * (BT * V) + first, V, BT, columns, BT, BV)
+            X_tile = _rows_of(X + at * (BT * V) + first, V, BT, columns, BT, BV)
+            S_tile = _rows_of(S0 + at * (K * V) + first, V, K, columns, BK, BV)
             state = dot(dR_tile, tl.trans(S_tile), state, PRECISION)
             over = dot(X_tile, tl.trans(dR_tile), over, PRECISION)
             under = dot(dR_tile, tl.trans(X_tile), under, PRECISION)
             if dbeta is not None:
-                v_tile = load_tile(v_at + first, 0, live, v_t, columns, BT, BV, False)
+                v_tile = _rows_of(v_at + first, v_t, live, columns, BT, BV)
                 dots += tl.sum(dR_tile.to(compute) * v_tile, 1)
-        state = state * a[:, None]
-        k_tile = load_tile(k, 0, live, k_t, K, BT, BK, False)
-        dots_state = tl.sum(state * k_tile, 1)
-        under = tl.where(lower, under * between, 0.0)
-        over = tl.where(upper, over * between * rate[None, :], 0.0)
-        if (dbeta is not None) or (dg is not None):
-            kk = dot(k_tile, tl.trans(k_tile), None, PRECISION) * (k_norm[:, None] * k_norm[None, :])
-        if dbeta is not None:
-            dots -= dots_state + tl.sum(under * kk, 1)
-            tl.store(dbeta + (token + row) * HV + hv, cast(dots, dbeta.dtype.element_ty), mask=alive)
-        if dg is not None:
-            start = tl.load(dg_start + line, mask=alive, other=0.0) - rate * dots_state
-            paths = tl.cumsum(paths - over * kk, 1, reverse=True)  # [j, m]: paths from j to m and later
-            paths = tl.sum(tl.where(upper, paths + to_end[:, None], start[:, None]), 0)
-            total = tl.load(decay + at)
-            across = tl.zeros((BK, ), compute)
-            for first in tl.range(0, V, BV, num_stages=STAGES):
-                columns = V - first
-                S_tile = load_tile(S0 + at * (K * V) + first, 0, K, V, columns, BK, BV, False)
-                dS_tile = load_tile(dS + at * (K * V) + first, 0, K, V, columns, BK, BV, False)
-                across += tl.sum(S_tile.to(compute) * dS_tile, 1)
-            paths += tl.where(total == 0, 0.0, total * tl.sum(across, 0))
-            tl.store(dg + (token + row) * HV + hv, cast(paths, dg.dtype.element_ty), mask=alive)
+        state = state * tl.load(factors + line, mask=alive, other=0.0)[:, None]
+        k_tile = _rows_of(k, k_t, live, K, BT, BK)
+        from_start = tl.sum(state * k_tile, 1)
         if dk is not None:
             grad -= state * rate[:, None]
-            both = (under * rate[:, None] + over) * (k_norm[:, None] * -k_norm[None, :])
-            grad = dot(cast(both, narrow), k_tile, grad, PRECISION)
+        if gamma is not None:
+            between = tl.load(gamma + at * (BT * BT) + row[:, None] * BT + row[None, :]).to(compute)
+            under = under * between
+            over = over * between
+        if norms is not None:
+            r_k = tl.load(norms + line, mask=alive, other=0.0)
+            under = under * r_k[:, None] * r_k[None, :]
+            over = over * r_k[:, None] * r_k[None, :]
+        under = tl.where(lower, under, 0.0)
+        over = tl.where(upper, over * rate[None, :], 0.0)
+        if (dbeta is not None) or (dg is not None):
+            kk = dot(k_tile, tl.trans(k_tile), None, PRECISION)
+        if dbeta is not None:
+            dots -= from_start + tl.sum(under * kk, 1)
+            tl.store(dbeta + (token + row) * HV + hv, cast(dots, dbeta.dtype.element_ty), mask=alive)
+        if dg is not None:
+            # The paths by way of the inverse, and m's own and later ones from the entry state.
+            paths = tl.where(upper, tl.cumsum(over * -kk, 1, reverse=True), -(rate * from_start)[:, None])
+            gate = tl.load(dg_start + line, mask=alive, other=0.0) + tl.sum(paths, 0)
+            tl.store(dg + (token + row) * HV + hv, cast(gate, dg.dtype.element_ty), mask=alive)
+        if dk is not None:
+            grad = dot(cast(-under * rate[:, None] - over, narrow), k_tile, grad, PRECISION)
     if dk is not None:
-        k_tile = load_tile(k, 0, live, k_t, K, BT, BK, False)
-        grad = cast(_through_norm(grad, k_tile, k_norm, QK_L2NORM), narrow)
-        store_tile(dk, grad, token, live, H * K, K, BT, BK, False)
+        if norms is not None:
+            grad = _through_norm(grad, _rows_of(k, k_t, live, K, BT, BK))
+        store_tile(dk, cast(grad, narrow), token, live, H * K, K, BT, BK, False)
 
 
 def _rows(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -735,8 +731,8 @@ def backward(
     q, k, v, do = _rows(q, k, v, do)
     if dfinal_state is not None:
         dfinal_state = dfinal_state.contiguous()
-    options = {"scale": scale, "qk_l2norm": qk_l2norm, "fold_beta": False, "BT": BT, "rows": rows}
-    M, P, factors, decay = prepare(q, k, beta, g, cu_seqlens, **options)
+    options = {"scale": scale, "qk_l2norm": qk_l2norm, "forward": False, "BT": BT, "rows": rows}
+    M, P, factors, decay, gamma, norms = prepare(q, k, beta, g, cu_seqlens, **options)
     slots = chunk_slots(B, T, cu_seqlens, rows)
     queries = need_q or need_g
     keys = need_k or need_beta or need_g
@@ -755,8 +751,7 @@ def backward(
     lengths = (cu_seqlens, T, N)
     sizes = {"K": K, "V": V, "ROWS": rows, "BT": BT, "BK": power_of_two(K), "BV": BV, "ALIGN": align}
     walk = {"STAGES": config.num_stages, "TMA": tma, "PRECISION": precision(q.dtype)} | config.options
-    one = {"QK_L2NORM": qk_l2norm, "STAGES": config.num_stages, "PRECISION": precision(q.dtype)} | config.options
-    gates = (0, 0, 0) if g is None else g.stride()
+    one = {"STAGES": config.num_stages, "PRECISION": precision(q.dtype)} | config.options
     with on_device(q):
         if T and (queries or keys):
             replay_kernel[(states.shape[0] * blocks, HV)](
@@ -809,7 +804,8 @@ def backward(
                 q,
                 k,
                 do,
-                g,
+                gamma,
+                norms,
                 factors,
                 S0,
                 X,
@@ -824,7 +820,6 @@ def backward(
                 *q.stride()[:3],
                 *k.stride()[:3],
                 *do.stride()[:3],
-                *gates,
                 **sizes,
                 **one,
             )
@@ -834,9 +829,10 @@ def backward(
                 k,
                 v,
                 beta,
-                g,
                 do,
                 P,
+                gamma,
+                norms,
                 factors,
                 decay,
                 S0,
@@ -857,7 +853,6 @@ def backward(
                 *k.stride()[:3],
                 *v.stride()[:3],
                 *beta.stride(),
-                *gates,
                 *do.stride()[:3],
                 **sizes,
                 **one,
