@@ -21,9 +21,9 @@ def _has_tma(arch: str) -> bool:
 
 
 def delta_rule_prepare_config(K: int, BT: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
-    """One program a chunk and query head; BK channels of q and k at a time."""
+    """One program a chunk and value head; BK channels of q and k at a time."""
     BK = min(64 if dtype.itemsize == 2 else 32, _power_of_two(K))
-    return LaunchConfig(BT=BT, BK=BK, num_warps=8 if BT == 64 else 4, num_stages=1)
+    return LaunchConfig(BT=BT, BK=BK, num_warps=4, num_stages=2)
 
 
 def delta_rule_forward_config(K: int, V: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
