@@ -31,6 +31,7 @@ class Backend:
     name: str  # one of NAMES
     module: str  # offers why_not, forward, backward, step; the reference offers the op itself
     devices: tuple[str, ...] = ()  # device types it takes; empty: all
+    on_request: tuple[str, ...] = ()  # device types it takes only when it is named, never for "auto"
 
 
 class _Chosen(threading.local):
@@ -76,11 +77,24 @@ def why_not(op: str, name: str, device: str, dtype: torch.dtype, sizes: tuple[in
     row = next((row for row in table(op) if row.name == name), None)
     if row is None:
         return f"this version of fla_ops has no {name} kernel for {op}"
-    if row.devices and device not in row.devices:
+    if row.devices and device not in row.devices + row.on_request:
         return f"{name} takes {' and '.join(row.devices)} tensors, not {device} tensors"
     if name == "reference":
         return None
-    return importlib.import_module(row.module).why_not(device, dtype, *sizes)
+    try:
+        module = importlib.import_module(row.module)
+    except ModuleNotFoundError as error:
+        if error.name == row.module:
+            return f"this version of fla_ops has no {name} kernel for {op}"
+        if error.name != "triton":
+            raise
+        return "triton is not installed (`pip install triton`)"
+    return module.why_not(device, dtype, *sizes)
+
+
+def _automatic(op: str, device: str) -> list[Backend]:
+    """The records that "auto" asks in turn, best first."""
+    return [row for row in table(op) if device not in row.on_request]
 
 
 def resolve(op: str, backend: str, device: str, dtype: torch.dtype, *sizes: int) -> ModuleType:
@@ -101,14 +115,13 @@ def _choose(op: str, backend: str, device: str, dtype: torch.dtype, *sizes: int)
 @functools.cache  # what can run does not change while a process lives, and every call asks
 def _first_that_runs(op: str, name: str, device: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> str:
     """`_choose` once the environment has been read: `name` is a backend or "auto"."""
-    rows = table(op)
     if name != "auto":
         reason = why_not(op, name, device, dtype, sizes)
         if reason:
             raise RuntimeError(f"{op}: backend {name!r} cannot run here: {reason}.")
-        return _load(op, next(row for row in rows if row.name == name))
+        return _load(op, next(row for row in table(op) if row.name == name))
     reasons = []
-    for row in rows:
+    for row in _automatic(op, device):
         reason = why_not(op, row.name, device, dtype, sizes)
         if reason is None:
             if row.name == "reference":
@@ -175,7 +188,7 @@ def backends() -> dict[str, dict]:
         reasons: dict[str, dict[str, str | None]] = {
             name: {device: why_not(op, name, device, torch.float32, ()) for device in devices} for name in NAMES
         }
-        first = {d: next(n for n in NAMES if reasons[n][d] is None) for d in devices}
+        first = {d: next(row.name for row in _automatic(op, d) if reasons[row.name][d] is None) for d in devices}
         report[op] = {
             "cpu": first["cpu"],
             "cuda": first.get("cuda"),

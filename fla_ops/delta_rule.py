@@ -10,7 +10,8 @@ from ._autograd import first_order_only
 from ._backend import Backend, resolve
 
 _BACKENDS = (
-    Backend("native", "fla_ops._native.delta_rule", devices=("cpu",)),
+    Backend("triton", "fla_ops.kernels.delta_rule", devices=("cuda",), on_request=("cpu",)),
+    Backend("native", "fla_ops._native.delta_rule", devices=("cpu", "cuda")),
     Backend("reference", "fla_ops.reference.delta_rule"),
 )
 

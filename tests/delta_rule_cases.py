@@ -132,19 +132,33 @@ def one_thread():
         torch.set_num_threads(before)
 
 
-def check(backend, inputs, *, names=None, **options) -> None:
-    """Outputs, final state and all gradients of `backend` against the float64 reference."""
+def check(backend, inputs, *, names=None, device="cpu", **options) -> None:
+    """Outputs, final state and all gradients of `backend` on `device` against the float64 reference."""
     cu = options.get("cu_seqlens")
     do, ds = random_cotangents(inputs, None if cu is None else cu.shape[0] - 1)
     op = partial(fla_ops.delta_rule, backend=backend)
+    there = options if cu is None else options | {"cu_seqlens": cu.to(device)}
     with one_thread() if backend == "reference" else contextlib.nullcontext():
-        actual = results(op, inputs, do, ds, **options)
+        actual = results(op, on(device, inputs), do.to(device), ds.to(device), **there)
     ref64, ref_low = references(inputs, do, ds, **options)
     for name in names or actual:
         found, low = actual[name], ref_low[name]
         if found.dtype == torch.float64 != inputs["q"].dtype:  # a float64 state's gradient, computed in float32
             found, low = found.float(), low.float()
         assert_matches_reference(found, ref64[name], low, name, gradient=name.startswith("d"), seed=SEED)
+
+
+def assert_same_bits(actual, expected):
+    """The same results by name, bit for bit; NaN equals NaN."""
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        same = torch.equal(actual[name].nan_to_num(7.5), expected[name].nan_to_num(7.5))
+        assert same, f"{name}: max difference {(actual[name] - expected[name]).abs().max().item():.3e}"
+
+
+def on(device, inputs):
+    """`inputs` on another device; the same tensors, strides included, where they are there already."""
+    return {name: None if x is None else x.to(device) for name, x in inputs.items()}
 
 
 def bounds(lengths, dtype=torch.int64) -> torch.Tensor:

@@ -72,7 +72,7 @@ def test_triton_says_why_not(op):
 def test_a_named_backend_never_falls_back(broken):
     with pytest.raises(RuntimeError, match=r"^delta_rule: backend 'native' cannot run here: .*run `fla-ops build`"):
         chosen("native")
-    with pytest.raises(RuntimeError, match="native takes cpu tensors, not mps tensors"):
+    with pytest.raises(RuntimeError, match="native takes cpu and cuda tensors, not mps tensors"):
         chosen("native", "mps")
 
 
@@ -156,7 +156,7 @@ def test_falling_back_warns_once_with_cause_and_cure(broken):
 
 @pytest.mark.parametrize("device", ["mps", "xpu", "hpu"])
 def test_other_devices_take_the_reference_with_one_warning(fresh, device):
-    with pytest.warns(fla_ops.FallbackWarning, match=f"native takes cpu tensors, not {device} tensors") as seen:
+    with pytest.warns(fla_ops.FallbackWarning, match=f"native takes cpu and cuda tensors, not {device}") as seen:
         assert chosen("auto", device) == chosen("auto", device) == REFERENCE
     assert len(seen) == 1
 

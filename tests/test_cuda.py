@@ -1,9 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CUDA tensors. There is no GPU kernel yet: they run on the reference, with the one warning."""
+"""CUDA tensors on a real GPU: the Triton kernels and the CUDA fallback against the float64 reference.
+
+What the interpreter and the SIMT shim cannot see: miscompiled tiles, races between warps, launch limits, streams and
+graphs. The values' fine grid is in test_delta_rule.py and test_causal_conv1d.py, which need no GPU.
+"""
+
+import functools
 
 import pytest
 import torch
-from delta_rule_cases import call, random_inputs
+from causal_conv1d_cases import LAYOUTS, gradients_for, make, run
+from causal_conv1d_cases import check as check_conv
+from delta_rule_cases import (
+    assert_same_bits,
+    bounds,
+    call,
+    check,
+    on,
+    random_cotangents,
+    random_inputs,
+    results,
+)
 
 import fla_ops
 from fla_ops import _backend
@@ -14,22 +31,214 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+gates = pytest.mark.parametrize("gate", [None, "normal"], ids=["plain", "gated"])
 
-def test_the_delta_rule_runs_on_cuda_tensors_and_says_how(monkeypatch):
-    monkeypatch.setattr(_backend, "_warned", set())
-    inputs = random_inputs(T=20, state=torch.float32)
-    on_gpu = {name: x.cuda() for name, x in inputs.items()}
-    with pytest.warns(fla_ops.FallbackWarning, match="no triton kernel.*cpu tensors, not cuda"):
-        o, final = call(fla_ops.delta_rule, on_gpu, output_final_state=True)
-    assert o.is_cuda and final.is_cuda
-    expected = call(fla_ops.delta_rule, inputs, output_final_state=True, backend="reference")
-    torch.testing.assert_close(o.cpu(), expected.o, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(final.cpu(), expected.final_state, rtol=1e-4, atol=1e-5)
+
+@pytest.fixture(params=["triton", "native"])
+def gpu(request):
+    """Each compiled backend that runs on CUDA tensors here."""
+    for op in _backend.OPS:
+        reason = _backend.why_not(op, request.param, "cuda", torch.float32, ())
+        if reason:
+            pytest.skip(reason)
+    return request.param
+
+
+def test_a_gpu_has_triton_and_takes_it():
+    """Without this, a suite in which Triton fails to import would pass by skipping."""
+    for op, row in fla_ops.backends().items():
+        assert row["cuda"] == "triton", (op, row["why_not"])
+
+
+# The delta rule. Tile edges, every head size of the launch tables, and lengths of several chunks.
+
+SIZES = [
+    (64, 64),
+    (128, 128),
+    (256, 256),
+    (32, 32),
+    (16, 16),
+    (128, 64),
+    (64, 128),
+    (256, 128),
+    (17, 60),
+    (96, 100),
+    (3, 5),
+]
+
+
+@dtypes
+@gates
+@pytest.mark.parametrize("K, V", SIZES)
+def test_delta_rule(gpu, dtype, gate, K, V):
+    inputs = random_inputs(B=2, T=330, H=2, HV=4, K=K, V=V, dtype=dtype, gate=gate, state=torch.float32)
+    check(gpu, inputs, device="cuda", qk_l2norm=True)
+
+
+@dtypes
+@pytest.mark.parametrize("gate", ["resets", -1e4, -120.0, 0.01, -float("inf")])
+def test_delta_rule_gates(gpu, dtype, gate):
+    check(gpu, random_inputs(T=300, K=128, V=128, dtype=dtype, gate=gate, state=torch.float32), device="cuda")
+
+
+@dtypes
+@gates
+@pytest.mark.parametrize("lengths", [[130, 0, 1, 64, 63, 65, 300], [1] * 40, [0, 0, 500]], ids=str)
+def test_delta_rule_packed(gpu, dtype, gate, lengths):
+    inputs = random_inputs(
+        T=sum(lengths), H=2, HV=2, K=128, V=128, dtype=dtype, gate=gate, state=torch.float32, sequences=len(lengths)
+    )
+    check(gpu, inputs, device="cuda", cu_seqlens=bounds(lengths))
+
+
+@gates
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_delta_rule_long(gpu, dtype, gate):
+    """One head over thousands of tokens: split over the multiprocessors where a backend does that."""
+    inputs = random_inputs(T=4000, H=1, HV=1, K=128, V=128, dtype=dtype, gate=gate, state=torch.float32)
+    check(gpu, inputs, device="cuda", qk_l2norm=True)
+
+
+@pytest.mark.parametrize("precision", ["high", "highest"])
+def test_float32_is_ieee_unless_tf32_is_allowed(precision):
+    """TF32 keeps 10 bits: its error is hundreds of times that of float32."""
+    inputs = random_inputs(T=256, K=64, V=64, state=torch.float32)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        o = call(fla_ops.delta_rule, on("cuda", inputs), backend="triton").o.cpu().double()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    wide = {name: x.double() for name, x in inputs.items()}
+    exact = call(fla_ops.delta_rule, wide, backend="reference").o
+    error = ((o - exact).norm() / exact.norm()).item()
+    assert (error < 1e-6) == (precision == "highest"), error
+
+
+@pytest.mark.parametrize("shape", [(1, 4096, 8, 128), (4, 1024, 16, 64), (1, 1024, 4, 256)], ids=str)
+def test_runs_give_the_same_bits(gpu, shape):
+    """Races show as runs that differ: a full card, twenty times."""
+    B, T, H, D = shape
+    inputs = on("cuda", random_inputs(B=B, T=T, H=H, HV=H, K=D, V=D, dtype=torch.bfloat16, state=torch.float32))
+    do, ds = (x.cuda() for x in random_cotangents(inputs | {n: x.cpu() for n, x in inputs.items()}))
+    op = functools.partial(fla_ops.delta_rule, backend=gpu, qk_l2norm=True)
+    first = results(op, inputs, do, ds)
+    for _ in range(20):
+        assert_same_bits(results(op, inputs, do, ds), first)
+
+
+@dtypes
+@pytest.mark.parametrize("K, V", [(64, 64), (128, 128), (256, 256), (17, 60)])
+def test_delta_rule_steps(gpu, dtype, K, V):
+    inputs = on("cuda", random_inputs(B=3, T=20, H=2, HV=4, K=K, V=V, dtype=dtype, state=torch.float32))
+    whole = call(fla_ops.delta_rule, inputs, qk_l2norm=True, output_final_state=True, backend=gpu)
+    state = inputs["initial_state"].clone()
+    tokens = [inputs[n] for n in ("q", "k", "v", "beta", "g")]
+    steps = [
+        fla_ops.delta_rule_step(*(x[:, t] for x in tokens), state=state, qk_l2norm=True, backend=gpu) for t in range(20)
+    ]
+    tolerance = {"rtol": 0, "atol": 8 * torch.finfo(dtype).eps * whole.o.abs().max().item()}
+    torch.testing.assert_close(torch.stack(steps, 1), whole.o, **tolerance)
+    tolerance["atol"] = 8 * torch.finfo(dtype).eps * whole.final_state.abs().max().item()
+    torch.testing.assert_close(state, whole.final_state, **tolerance)
+
+
+# The convolution.
+
+
+@dtypes
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_causal_conv1d(gpu, dtype, layout):
+    for W, L, D in ((4, 1000, 300), (2, 65, 129), (8, 333, 64), (1, 40, 7), (3, 2, 40)):
+        inputs = make(W, L, dtype, D=D)
+        dy, dfinal = gradients_for(inputs)
+        there = [None if x is None else x.cuda() for x in inputs]
+        options = {"activation": "silu", "layout": LAYOUTS[layout], "backend": gpu}
+        actual = run(fla_ops.causal_conv1d, there, dy.cuda(), dfinal.cuda(), **options)
+        check_conv(actual, inputs, dy, dfinal, f"W={W}, L={L}, D={D}", activation="silu")
+
+
+@dtypes
+def test_causal_conv1d_packed(gpu, dtype):
+    lengths = [130, 0, 1, 2, 64, 300]
+    inputs = make(4, sum(lengths), dtype, B=1, N=len(lengths))
+    dy, dfinal = gradients_for(inputs, len(lengths))
+    there = [x.cuda() for x in inputs]
+    options = {"activation": "silu", "cu_seqlens": bounds(lengths)}
+    run_there = options | {"cu_seqlens": bounds(lengths).cuda(), "backend": gpu}
+    actual = run(fla_ops.causal_conv1d, there, dy.cuda(), dfinal.cuda(), **run_there)
+    check_conv(actual, inputs, dy, dfinal, gpu, **options)
+
+
+def test_causal_conv1d_steps(gpu):
+    x, weight, bias, state = (t.cuda() for t in make(4, 9, torch.bfloat16))
+    whole = fla_ops.causal_conv1d(x, weight, bias, activation="silu", initial_state=state, backend=gpu).y
+    for t in range(9):
+        y = fla_ops.causal_conv1d_step(x[:, :, t], weight, bias, state=state, activation="silu", backend=gpu)
+        torch.testing.assert_close(y, whole[:, :, t])
+
+
+# With the device.
+
+
+def test_a_step_and_a_forward_replay_from_a_graph(gpu):
+    inputs = on("cuda", random_inputs(B=2, T=300, K=64, V=64, dtype=torch.bfloat16, state=torch.float32))
+    cu = bounds([100, 0, 200]).cuda()
+    packed = {n: None if x is None else x[:1] for n, x in inputs.items()} | {"initial_state": None}
+    token = [inputs[n][:, 0].clone() for n in ("q", "k", "v", "beta", "g")]
+    state = inputs["initial_state"].clone()
+
+    def work():
+        o = call(fla_ops.delta_rule, packed, cu_seqlens=cu, backend=gpu).o
+        return o, fla_ops.delta_rule_step(*token, state=state, backend=gpu)
+
+    with torch.no_grad():
+        torch.cuda.synchronize()
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            work()
+        side.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            o, y = work()
+        cu.copy_(bounds([17, 200, 83]).cuda())  # other lengths at replay
+        state.copy_(inputs["initial_state"])
+        graph.replay()
+        torch.cuda.synchronize()
+        seen = o.clone(), y.clone()
+        state.copy_(inputs["initial_state"])
+        for found, expected in zip(seen, work(), strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_compiled_code_is_one_graph(gpu):
+    inputs = on("cuda", random_inputs(B=1, T=150, K=64, V=64, dtype=torch.bfloat16))
+    do, ds = random_cotangents(inputs)
+    op = functools.partial(fla_ops.delta_rule, backend=gpu, qk_l2norm=True)
+    compiled = torch.compile(op, fullgraph=True, dynamic=True)
+    expected, found = results(op, inputs, do.cuda(), ds.cuda()), results(compiled, inputs, do.cuda(), ds.cuda())
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-2, atol=1e-2, msg=name)
+
+
+def test_a_second_stream_and_a_second_device(gpu):
+    inputs = on("cuda", random_inputs(T=100, K=64, V=64))
+    expected = call(fla_ops.delta_rule, inputs, backend=gpu).o
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        o = call(fla_ops.delta_rule, inputs, backend=gpu).o
+    stream.synchronize()
+    assert torch.equal(o, expected)
+    if torch.cuda.device_count() > 1:  # while another device is current
+        assert torch.equal(call(fla_ops.delta_rule, on("cuda:1", inputs), backend=gpu).o.cpu(), expected.cpu())
 
 
 def test_cu_seqlens_may_be_on_the_other_device():
     inputs = random_inputs(T=20)
-    on_gpu = {name: None if x is None else x.cuda() for name, x in inputs.items()}
+    on_gpu = on("cuda", inputs)
     boundaries = torch.tensor([0, 7, 7, 20])
     o = call(fla_ops.delta_rule, on_gpu, cu_seqlens=boundaries, backend="reference").o
     expected = call(fla_ops.delta_rule, inputs, cu_seqlens=boundaries.cuda(), backend="reference").o
@@ -41,5 +250,3 @@ def test_mixed_devices_are_named():
     inputs["k"] = inputs["k"].cuda()
     with pytest.raises(ValueError, match=r"one device, got q: cpu, k: cuda:0"):
         call(fla_ops.delta_rule, inputs)
-    with pytest.raises(RuntimeError, match="native.*cpu tensors, not cuda"):
-        call(fla_ops.delta_rule, {n: None if x is None else x.cuda() for n, x in inputs.items()}, backend="native")

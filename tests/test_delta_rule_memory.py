@@ -10,6 +10,7 @@ import pytest
 import torch
 from delta_rule_cases import (
     TENSORS,
+    assert_same_bits,
     bounds,
     call,
     leaves,
@@ -28,13 +29,6 @@ TOKENS = TENSORS[:5]
 
 def op_of(backend):
     return functools.partial(fla_ops.delta_rule, backend=backend)
-
-
-def assert_same_bits(actual, expected):
-    assert actual.keys() == expected.keys()
-    for name in expected:
-        same = torch.equal(actual[name].nan_to_num(7.5), expected[name].nan_to_num(7.5))
-        assert same, f"{name}: max difference {(actual[name] - expected[name]).abs().max().item():.3e}"
 
 
 # Strides: each disguise returns a tensor equal to x that lies in memory in another way.

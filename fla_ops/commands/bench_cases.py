@@ -42,28 +42,32 @@ class Case:
     sizes: dict[str, int]
     dtype: torch.dtype = torch.float32
     packed: tuple[int, ...] = ()  # sequence lengths; empty: not packed
+    gated: bool = True  # the delta rule's: with a decay
+    channels_last: bool = False  # the convolution's memory layout
     quick: bool = False  # on the short list
 
     @property
     def label(self) -> str:
         sizes = ",".join(f"{k}{v}" for k, v in self.sizes.items())
         packed = f" packed x{len(self.packed)}" if self.packed else ""
-        return f"{sizes}{packed} {str(self.dtype).removeprefix('torch.')}"
+        plain = "" if self.gated else " plain"
+        layout = " channels-last" if self.channels_last else ""
+        return f"{sizes}{packed}{plain}{layout} {str(self.dtype).removeprefix('torch.')}"
 
     @property
     def group(self) -> str:
         return f"{self.op} {self.kind} {self.label}"
 
 
-def _delta(kind: str, T: int, D: int, H: int = 8, V: int | None = None, **options) -> Case:
-    return Case("delta_rule", kind, {"B": 1, "T": T, "H": H, "K": D, "V": V or D}, **options)
+def _delta(kind: str, T: int, D: int, H: int = 8, V: int | None = None, B: int = 1, **options) -> Case:
+    return Case("delta_rule", kind, {"B": B, "T": T, "H": H, "K": D, "V": V or D}, **options)
 
 
-def _conv(kind: str, D: int, L: int, **options) -> Case:
-    return Case("causal_conv1d", kind, {"B": 1, "D": D, "L": L, "W": 4}, **options)
+def _conv(kind: str, D: int, L: int, B: int = 1, **options) -> Case:
+    return Case("causal_conv1d", kind, {"B": B, "D": D, "L": L, "W": 4}, **options)
 
 
-CASES = (
+_ON_CPU = (
     _delta(FORWARD, 2048, 64, quick=True),
     _delta(FORWARD, 2048, 128, quick=True),
     _delta(FORWARD, 2048, 64, dtype=torch.bfloat16),
@@ -83,12 +87,41 @@ CASES = (
     _conv(STEP, 1536, 1, quick=True),
 )
 
-
-# Inputs, and how much work a pass is.
+_HALF = {"dtype": torch.bfloat16}
+_ON_GPU = (
+    *(
+        _delta(kind, T, D, H=H, B=B, gated=gated, quick=gated, **_HALF)
+        for B, T, H, D in ((1, 8192, 32, 128), (4, 2048, 16, 128), (8, 2048, 8, 64), (1, 32768, 16, 128))
+        for kind in (FORWARD, BACKWARD)
+        for gated in (True, False)
+    ),
+    _delta(FORWARD, 8192, 128, H=32, packed=(4096, 1, 0, 3000, 1095), **_HALF),
+    _delta(BACKWARD, 8192, 128, H=32, packed=(4096, 1, 0, 3000, 1095), **_HALF),
+    _delta(FORWARD, 8192, 256, H=8, **_HALF),
+    _delta(BACKWARD, 8192, 256, H=8, **_HALF),
+    _delta(FORWARD, 2048, 64, H=8, B=4),
+    _delta(BACKWARD, 2048, 64, H=8, B=4),
+    _delta(FORWARD, 1000, 60, V=100, **_HALF),
+    _delta(STEP, 1, 128, H=32, B=64, quick=True, **_HALF),
+    _conv(FORWARD, 4096, 8192, quick=True, **_HALF),
+    _conv(FORWARD, 4096, 8192, channels_last=True, quick=True, **_HALF),
+    _conv(FORWARD, 4096, 8192),
+    _conv(BACKWARD, 4096, 8192, quick=True, **_HALF),
+    _conv(BACKWARD, 4096, 8192, channels_last=True, quick=True, **_HALF),
+    _conv(STEP, 4096, 1, B=64, quick=True, **_HALF),
+)
 
 
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def cases() -> tuple[Case, ...]:
+    """The cases that are timed on this machine: on its GPU, if it has one."""
+    return _ON_GPU if device() == "cuda" else _ON_CPU
+
+
+# Inputs, and how much work a pass is.
 
 
 def inputs(case: Case, length: int | None = None) -> Tensors:
@@ -102,7 +135,8 @@ def inputs(case: Case, length: int | None = None) -> Tensors:
         lead = (s["B"],) if case.kind == STEP else (s["B"], T)
         x = {n: rand(*lead, s["H"], s[d]) for n, d in (("q", "K"), ("k", "K"), ("v", "V"))}
         x["beta"] = torch.rand(*lead, s["H"])
-        x["g"] = F.logsigmoid(torch.randn(*lead, s["H"]) + 2)
+        if case.gated:
+            x["g"] = F.logsigmoid(torch.randn(*lead, s["H"]) + 2)
         state = (s["B"], s["H"], s["K"], s["V"])
     else:
         x = {"x": rand(s["B"], s["D"]) if case.kind == STEP else rand(s["B"], s["D"], T)}
@@ -110,6 +144,8 @@ def inputs(case: Case, length: int | None = None) -> Tensors:
         state = (s["B"], s["D"], s["W"] - 1)
     if case.kind == STEP:
         x["state"] = torch.randn(state)
+    if case.channels_last:
+        x["x"] = x["x"].transpose(1, 2).contiguous().transpose(1, 2)
     x = {n: t.to(device()) for n, t in x.items()}
     if case.kind == BACKWARD:
         x = {n: t.requires_grad_() for n, t in x.items()}
@@ -163,17 +199,27 @@ def _pass(case: Case, function: Callable[..., torch.Tensor]) -> Callable[[Tensor
 def _ours(case: Case, reference: bool) -> list[Variant]:
     op = getattr(fla_ops, f"{case.op}_step" if case.kind == STEP else case.op)
     options = {"qk_l2norm": True} if case.op == "delta_rule" else {"activation": "silu"}
+    sizes = (case.sizes["K"], case.sizes["V"]) if case.op == "delta_rule" else (case.sizes["W"],)
 
     def call(backend: str, **x: torch.Tensor) -> torch.Tensor:
         result = op(**x, **options, backend=backend)
         return result if case.kind == STEP else result[0]
 
     found = []
-    if why_not(case.op, "native", device(), case.dtype, ()) is None:
-        run = _pass(case, functools.partial(call, "native"))
-        for level in reversed(levels.available()):
-            found.append(Variant(f"fla_ops native {level}", run, ours=True, level=level))
-    if reference or not found:
+    for backend in ("triton", "native"):
+        if backend == "triton" and device() == "cpu":  # the interpreter is for tests
+            continue
+        if why_not(case.op, backend, device(), case.dtype, sizes) is not None:
+            continue
+        run = _pass(case, functools.partial(call, backend))
+        if device() == "cuda":
+            found.append(Variant(f"fla_ops {backend}", run, ours=True))
+        else:
+            found += [
+                Variant(f"fla_ops native {level}", run, ours=True, level=level)
+                for level in reversed(levels.available())
+            ]
+    if not found or (reference and device() == "cpu"):  # on a GPU its step loop would take the whole day
         found.append(Variant("fla_ops reference", _pass(case, functools.partial(call, "reference")), ours=True))
     return found
 
@@ -196,11 +242,12 @@ def transformers_delta_rule() -> tuple[Callable, Callable] | str:
 def _theirs_delta_rule(case: Case, compiled: bool) -> list[Variant]:
     found = transformers_delta_rule()
     if isinstance(found, str) or case.packed:  # the torch path has no packed form
-        return []
+        return [] if compiled else _gpu_delta_rule(case)
     chunked, recurrent = found
     options = {"use_qk_l2norm_in_kernel": True}
 
-    def full(function: Callable, q, k, v, beta, g):
+    def full(function: Callable, q, k, v, beta, g=None):
+        g = torch.zeros_like(beta) if g is None else g
         return function(q, k, v, g=g, beta=beta, **options)[0]
 
     def step(function: Callable, q, k, v, beta, g, state):
@@ -213,28 +260,46 @@ def _theirs_delta_rule(case: Case, compiled: bool) -> list[Variant]:
     around = step if case.kind == STEP else full
     named = [("transformers recurrent", recurrent)]
     if case.kind != STEP:
-        named = [("transformers chunk", chunked)] + named * (case.kind == FORWARD)
+        named = [("transformers chunk", chunked)] + named * (case.kind == FORWARD and device() == "cpu")
     if compiled:
         named = [(f"{named[0][0]} compiled", torch.compile(named[0][1]))]
-    return [Variant(name, _pass(case, functools.partial(around, f))) for name, f in named] + _gpu_delta_rule(case)
+    gpu = [] if compiled else _gpu_delta_rule(case)
+    return gpu + [Variant(name, _pass(case, functools.partial(around, f))) for name, f in named]
 
 
 def _gpu_delta_rule(case: Case) -> list[Variant]:
     """fla-core's and flash-qla's kernels, where a GPU and the packages are."""
     if device() != "cuda" or case.kind == STEP:
         return []
-    takes = {"fla": True, "flash_qla": case.dtype != torch.float32 and case.sizes["K"] == case.sizes["V"] == 128}
-    modules = {"fla": "fla.ops.gated_delta_rule", "flash_qla": "flash_qla"}
+    options = {"use_qk_l2norm_in_kernel": True}
 
-    def call(function: Callable, q, k, v, beta, g, cu_seqlens=None):
-        return function(q, k, v, g, beta, use_qk_l2norm_in_kernel=True, cu_seqlens=cu_seqlens)[0]
+    def gated(function: Callable, q, k, v, beta, g, cu_seqlens=None):
+        return function(q, k, v, g, beta, cu_seqlens=cu_seqlens, **options)[0]
+
+    def plain(function: Callable, q, k, v, beta, cu_seqlens=None):
+        return function(q, k, v, beta.to(q.dtype), cu_seqlens=cu_seqlens, **options)[0]
 
     found = []
-    for name, module in modules.items():
-        if takes[name] and importlib.util.find_spec(name):
-            function = importlib.import_module(module).chunk_gated_delta_rule
-            found.append(Variant(name, _pass(case, functools.partial(call, function))))
+    if importlib.util.find_spec("fla") and case.dtype != torch.float32:
+        stem, around = ("gated_delta_rule", gated) if case.gated else ("delta_rule", plain)
+        function = getattr(importlib.import_module(f"fla.ops.{stem}"), f"chunk_{stem}")
+        name = f"fla{_without_flas_guard()}" if case.gated and case.kind == BACKWARD else "fla"
+        found.append(Variant(name, _pass(case, functools.partial(around, function))))
+    flash_qla_takes = case.gated and case.dtype != torch.float32 and case.sizes["K"] == case.sizes["V"] == 128
+    if importlib.util.find_spec("flash_qla") and flash_qla_takes:
+        function = importlib.import_module("flash_qla").chunk_gated_delta_rule
+        found.append(Variant("flash_qla", _pass(case, functools.partial(gated, function))))
     return found
+
+
+def _without_flas_guard() -> str:
+    """fla refuses its gated backward on Hopper with Triton 3.4 to 3.7.0 (its issue 640): let it run, and say so."""
+    module = importlib.import_module("fla.ops.common.chunk_o")
+    guarded = module.IS_NVIDIA_HOPPER and module.TRITON_ABOVE_3_4_0 and not module.TRITON_ABOVE_3_7_1
+    if not guarded and not getattr(module, "_guard_is_off", False):
+        return ""
+    module.TRITON_ABOVE_3_7_1 = module._guard_is_off = True
+    return " (its guard off: its gradient may be wrong)"
 
 
 def _theirs_conv(case: Case, compiled: bool) -> list[Variant]:
@@ -248,12 +313,35 @@ def _theirs_conv(case: Case, compiled: bool) -> list[Variant]:
     def step(x, weight, bias, state):
         window = torch.cat([state, x[..., None]], -1)
         state.copy_(window[..., 1:])
-        return F.silu((window * weight).sum(-1) + bias)
+        return F.silu((window * weight).sum(-1) + bias).to(x.dtype)
 
     function = step if case.kind == STEP else full
     if compiled:
         return [Variant("F.conv1d+SiLU compiled", _pass(case, torch.compile(function)))]
-    return [Variant("torch cat+sum+SiLU" if case.kind == STEP else "F.conv1d+SiLU", _pass(case, function))]
+    name = "torch cat+sum+SiLU" if case.kind == STEP else "F.conv1d+SiLU"
+    return [*_gpu_conv(case), Variant(name, _pass(case, function))]
+
+
+def _gpu_conv(case: Case) -> list[Variant]:
+    """fla-core's and causal-conv1d's kernels, where a GPU and the packages are."""
+    if device() != "cuda" or case.kind == STEP:
+        return []
+
+    def fla(function: Callable, x, weight, bias):
+        return function(x.transpose(1, 2), weight, bias, activation="silu")[0].transpose(1, 2)
+
+    def dao(function: Callable, x, weight, bias):
+        return function(x, weight, bias, activation="silu")
+
+    found = []
+    for package, module, name, around in (
+        ("fla", "fla.modules.causal_conv1d", "causal_conv1d", fla),
+        ("causal_conv1d", "causal_conv1d", "causal_conv1d_fn", dao),
+    ):
+        if importlib.util.find_spec(package):
+            function = getattr(importlib.import_module(module), name)
+            found.append(Variant(package, _pass(case, functools.partial(around, function))))
+    return found
 
 
 _THEIRS = {"delta_rule": _theirs_delta_rule, "causal_conv1d": _theirs_conv}

@@ -26,6 +26,7 @@ class Timing:
     variant: Variant
     wall: list[float] = field(default_factory=list)  # seconds a call
     cpu: list[float] = field(default_factory=list)  # processor seconds a call, all threads
+    peak_mib: float = 0.0  # device memory of a call beyond its inputs, on a GPU
 
     @property
     def median(self) -> float:
@@ -119,7 +120,12 @@ def measure(case: Case, variants: list[Variant], seconds: float) -> list[Timing]
     for timing in timings:
         with timing.variant.context():
             clock(timing.variant, x, 1)  # warm up: compile, allocate, page in
-            if device() == "cpu":
+            if device() == "cuda":
+                before = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+                timing.variant.call(x)
+                timing.peak_mib = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+            else:
                 once = clock(timing.variant, x, 1)[0]
                 calls[timing.variant.name] = max(1, round(SHORTEST_TURN / once))
     deadline = time.perf_counter() + seconds
