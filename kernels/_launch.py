@@ -18,6 +18,7 @@ class LaunchConfig:
     """How one kernel is launched for some op, sizes, dtype and architecture. Rows of the tables in `_config.py`."""
 
     BT: int  # tokens of a tile
+    BK: int = 0  # key channels of a tile (delta rule)
     BV: int = 0  # value channels of a tile (delta rule)
     BD: int = 0  # channels of a tile (convolution)
     num_warps: int = 4

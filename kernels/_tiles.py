@@ -27,6 +27,20 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def cast(x, dtype: tl.constexpr):
+    """x in another dtype, rounded to nearest. Triton's interpreter cuts off what bfloat16 cannot hold: round there."""
+    if INTERPRET:
+        if dtype == tl.bfloat16:
+            if x.dtype != tl.bfloat16:
+                x = x.to(tl.float32)
+                bits = x.to(tl.uint32, bitcast=True)
+                rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+                bits = tl.where(x == x, rounded, bits | 0x400000)
+                return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
 def sequence_bounds(cu_seqlens, n, T):
     """(first token, length) of packed sequence n. Bad values of cu_seqlens give other tokens of [0, T), never others."""
     start = tl.minimum(tl.maximum(tl.load(cu_seqlens + n).to(tl.int64), 0), T)
