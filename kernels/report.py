@@ -10,7 +10,6 @@ kernels compile, fit and use what the hardware has, not that they are right or h
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -22,6 +21,7 @@ import triton
 
 from . import _ahead_of_time, _launch
 from ._machine_code import MachineCode, inspect
+from ._ttir import loop_loads_and_multiplies, narrow_offsets
 
 ALL = tuple(_ahead_of_time.TARGETS)
 HOPPER = ("sm_90",)
@@ -155,6 +155,7 @@ class Row:
     ieee: bool
     aligned: bool  # rows of the inputs start at multiples of 16 bytes
     loads_and_multiplies: bool = False  # a loop holds both loads and matrix products
+    narrow: list[str] = field(default_factory=list)  # products in 32 bits that reach an address
     code: dict = field(default_factory=dict)  # MachineCode's fields
     error: str = ""  # why it did not compile
 
@@ -173,23 +174,6 @@ def describe(launch: _ahead_of_time.Launch) -> str:
 TILES = ("BT", "BK", "BV", "BD", "BN")
 
 
-def loop_loads_and_multiplies(ttir: str) -> bool:
-    """Whether some loop of a kernel, in Triton's own intermediate form, holds both a load and a matrix product."""
-    open_loops, found = [], []
-    depth = 0
-    for line in ttir.splitlines():
-        if re.search(r"\bscf\.(for|while)\b", line):
-            open_loops.append((depth, set()))
-        for word in ("tt.load", "tt.descriptor_load", "tt.dot"):
-            if re.search(rf"\b{re.escape(word)}\b", line):
-                for _, inside in open_loops:
-                    inside.add(word.replace("descriptor_", ""))
-        depth += line.count("{") - line.count("}")
-        while open_loops and depth <= open_loops[-1][0] and "do {" not in line:
-            found.append(open_loops.pop()[1])
-    return {"tt.load", "tt.dot"} in found
-
-
 def compile_one(job: tuple[int, str, str, int]) -> dict:
     """Compile launch `number` of a case's pass, in a process of its own pool."""
     index, target, name, number = job
@@ -201,6 +185,7 @@ def compile_one(job: tuple[int, str, str, int]) -> dict:
     return {
         "code": asdict(inspect(compiled)),
         "loads_and_multiplies": loop_loads_and_multiplies(compiled.asm["ttir"]),
+        "narrow": narrow_offsets(compiled.asm["ttir"]),
     }
 
 
@@ -253,6 +238,8 @@ def broken_rules(row: Row) -> list[str]:
         broken.append(
             f"{row.where} takes {code.shared} bytes of shared memory; {row.target} has {SHARED_LIMIT[row.target]}."
         )
+    for product in row.narrow:
+        broken.append(f"{row.where} computes an offset in 32 bits: {product}.")
     if row.ieee and TENSOR_CORES & set(code.matrix):
         broken.append(f"{row.where} promises IEEE float32 and multiplies on tensor cores: {code.matrix}.")
     if row.target == "sm_90" and row.dtype in ("bfloat16", "float16"):
