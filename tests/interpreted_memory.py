@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Triton kernels read and write, seen in Triton's interpreter: counted, and held against what they were given."""
+
+import contextlib
+import functools
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from triton.runtime import interpreter
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+FENCE = 256  # elements on either side of a fenced tensor
+
+
+def fenced(x: torch.Tensor) -> torch.Tensor:
+    """A copy of x with the same strides, between two stretches of memory that no kernel may touch: NaN, or the largest
+    integer. So a read outside of x finds no other tensor by luck, and shows in the result if nothing else sees it."""
+    extent = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+    canary = torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).max
+    memory = torch.full((2 * FENCE + extent,), canary, dtype=x.dtype)
+    inside = memory.as_strided(x.shape, x.stride(), FENCE)
+    return inside.copy_(x) if x.numel() else inside
+
+
+@contextlib.contextmanager
+def fenced_allocations(monkeypatch):
+    """Tensors that Python code allocates inside lie between fences."""
+
+    def wrap(allocate):
+        return lambda *args, **kwargs: fenced(allocate(*args, **kwargs))
+
+    with monkeypatch.context() as patch:
+        for name in ("empty", "empty_like", "empty_strided", "zeros", "zeros_like"):
+            patch.setattr(torch, name, wrap(getattr(torch, name)))
+        for name in ("new_empty", "new_zeros"):
+            patch.setattr(torch.Tensor, name, wrap(getattr(torch.Tensor, name)))
+        yield
+
+
+def _addresses(x: torch.Tensor) -> np.ndarray:
+    """The address of each element of x."""
+    offset = np.zeros((1,) * x.dim(), np.int64)
+    for axis, (n, stride) in enumerate(zip(x.shape, x.stride(), strict=True)):
+        offset = offset + (np.arange(n) * stride).reshape([-1 if a == axis else 1 for a in range(x.dim())])
+    return np.uint64(x.data_ptr()) + (offset.ravel() * x.element_size()).astype(np.uint64)
+
+
+def _tensors(values):
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, TensorDescriptor):
+            yield value.base
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors(value)
+
+
+@dataclass
+class Launched:
+    """One launch: the bytes that its programs load and store, and the bytes that they touch, each counted once."""
+
+    kernel: str
+    allowed: dict[int, np.ndarray]  # element size -> sorted addresses of the launch's tensors
+    loaded: int = 0
+    stored: int = 0
+    touched: dict[tuple[str, int], list[np.ndarray]] = field(default_factory=dict)  # (what, size) -> addresses
+
+    def access(self, what: str, pointers, mask) -> None:
+        size = max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
+        at = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, mask.data.shape))
+        at = at[np.broadcast_to(mask.data, at.shape).astype(bool)].astype(np.uint64)
+        allowed = self.allowed.get(size, np.empty(0, np.uint64))
+        place = np.searchsorted(allowed, at)
+        right = place < len(allowed)
+        right[right] = allowed[place[right]] == at[right]
+        if not right.all():
+            raise AssertionError(f"{self.kernel}: {what} of {(~right).sum()} elements outside of all of its tensors")
+        if what == "load":
+            self.loaded += at.size * size
+        else:
+            self.stored += at.size * size
+        self.touched.setdefault((what, size), []).append(at)
+
+    @property
+    def distinct(self) -> int:
+        """Bytes that are loaded or stored, each once a launch: what a cache of any size could not avoid."""
+        return sum(size * np.unique(np.concatenate(at)).size for (_, size), at in self.touched.items())
+
+
+@contextlib.contextmanager
+def watched_memory():
+    """Inside, launches in the interpreter are appended to the list that this yields. An access to anything but the
+    elements of a tensor that the kernel was given raises before it happens."""
+    launches = []
+    call = interpreter.GridExecutor.__call__
+    load = interpreter.InterpreterBuilder.create_masked_load
+    store = interpreter.InterpreterBuilder.create_masked_store
+
+    @functools.wraps(call)
+    def launch(self, *args, **kwargs):
+        by_size = {}
+        for x in _tensors([*args, *kwargs.values()]):
+            by_size.setdefault(x.element_size(), []).append(_addresses(x))
+        allowed = {size: np.unique(np.concatenate(parts)) for size, parts in by_size.items()}
+        launches.append(Launched(self.fn.__name__, allowed))
+        return call(self, *args, **kwargs)
+
+    def watched_load(self, pointers, mask, *rest):
+        launches[-1].access("load", pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def watched_store(self, pointers, value, mask, *rest):
+        launches[-1].access("store", pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    interpreter.GridExecutor.__call__ = launch
+    interpreter.InterpreterBuilder.create_masked_load = watched_load
+    interpreter.InterpreterBuilder.create_masked_store = watched_store
+    try:
+        yield launches
+    finally:
+        interpreter.GridExecutor.__call__ = call
+        interpreter.InterpreterBuilder.create_masked_load = load
+        interpreter.InterpreterBuilder.create_masked_store = store
