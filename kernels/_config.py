@@ -9,8 +9,31 @@ import torch
 
 from ._launch import LaunchConfig
 
+CHECKPOINT = 8  # the delta rule's forward saves one state in so many chunks for its backward
+
+
+def _power_of_two(n: int) -> int:
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def _has_tma(arch: str) -> bool:
+    return arch.startswith("sm_") and int(arch[3:]) >= 90
+
 
 def delta_rule_prepare_config(K: int, BT: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
     """One program a chunk and query head; BK channels of q and k at a time."""
-    BK = min(64 if dtype.itemsize == 2 else 32, max(16, 1 << (K - 1).bit_length()))
+    BK = min(64 if dtype.itemsize == 2 else 32, _power_of_two(K))
     return LaunchConfig(BT=BT, BK=BK, num_warps=8 if BT == 64 else 4, num_stages=1)
+
+
+def delta_rule_forward_config(K: int, V: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
+    """One program a sequence, value head and BV value columns; the state [K, BV] lives in registers."""
+    if dtype.itemsize == 2:
+        BV = min(_power_of_two(V), 32 if K > 128 else 64)
+        return LaunchConfig(BT=64, BV=BV, num_warps=4, num_stages=2, tma=_has_tma(arch))
+    return LaunchConfig(BT=16, BV=16, num_warps=4, num_stages=1)
+
+
+def delta_rule_step_config(K: int, V: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
+    """One program a row, value head and BV value columns."""
+    return LaunchConfig(BT=1, BV=min(_power_of_two(V), max(16, 4096 // _power_of_two(K))), num_warps=4, num_stages=1)

@@ -64,6 +64,15 @@ def on_device(x: torch.Tensor):
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
+def _workspace(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def allow_descriptors() -> None:
+    """Kernels that make tensor descriptors need a little device memory at launch: torch's, so that graphs keep it."""
+    triton.set_allocator(_workspace)
+
+
 def precision(dtype: torch.dtype) -> str:
     """`input_precision` of products of this dtype: IEEE, or TF32 where the user allowed it for float32."""
     allowed = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"

@@ -41,6 +41,12 @@ def cast(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def not_finite(x):
+    """Where x is NaN or infinite: x - x is 0 for finite x alone."""
+    return (x - x) != 0
+
+
+@triton.jit
 def sequence_bounds(cu_seqlens, n, T):
     """(first token, length) of packed sequence n. Bad values of cu_seqlens give other tokens of [0, T), never others."""
     start = tl.minimum(tl.maximum(tl.load(cu_seqlens + n).to(tl.int64), 0), T)

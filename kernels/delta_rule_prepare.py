@@ -20,7 +20,7 @@ import triton.language as tl
 
 from ._config import delta_rule_prepare_config
 from ._launch import arch, on_device, precision
-from ._tiles import cast, dot, first_slot, sequence_bounds, sequence_of_slot
+from ._tiles import cast, dot, first_slot, not_finite, sequence_bounds, sequence_of_slot
 
 
 @triton.jit
@@ -94,12 +94,6 @@ def _inverse(A, PRECISION: tl.constexpr):
         return _inverse_32(A, PRECISION)
     else:
         return _inverse_64(A, PRECISION)
-
-
-@triton.jit
-def not_finite(x):
-    """Where x is NaN or infinite: x - x is 0 for finite x alone."""
-    return (x - x) != 0
 
 
 @triton.jit(do_not_specialize=["T", "N", "slots", "q_b", "k_b", "beta_b", "g_b", "scale"])
@@ -244,6 +238,11 @@ def chunk_slots(B: int, T: int, cu_seqlens: torch.Tensor | None, rows: int) -> i
     """The number of chunk slots: known without reading a length of a packed sequence."""
     per_row = triton.cdiv(T, rows)
     return B * per_row if cu_seqlens is None else per_row + cu_seqlens.shape[0] - 1
+
+
+def power_of_two(n: int) -> int:
+    """The extent of a tile that holds n channels: products take 16 at least."""
+    return max(16, triton.next_power_of_2(n))
 
 
 def alignment(*tensors: torch.Tensor) -> int:

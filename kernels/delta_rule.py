@@ -1,0 +1,747 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The delta rule on GPUs: forward and one-token step. The backward is in delta_rule_backward.py.
+
+    S_t = e^{g_t} S_{t-1} + k_t u_t^T
+    u_t = beta_t (v_t - (e^{g_t} S_{t-1})^T k_t)
+    o_t = scale S_t^T q_t
+
+Two launches. `prepare` makes, for all chunks at once, what no state enters (delta_rule_prepare.py): M, P, a, b, c and
+decay. Then one program a (sequence, value head, block of value columns) walks the chunks with the state in registers,
+
+    X = M (V - a (K S))        O = b (Q S) + P X        S <- decay S + K^T (c X)
+
+five products a chunk; neither new values nor states pass through memory, except one state in CHECKPOINT chunks when a
+backward will follow. Layout: q, k [B, T, H, K], v and o [B, T, HV, V], beta, g [B, T, HV], states [N, HV, K, V]. The
+state, sums and factors are float32 (float64 for float64); products take operands of the input dtype.
+
+With fewer programs than multiprocessors, sequences are cut into segments. What a segment does to its entry state is an
+affine map, S -> transition S + from_zero, found by the same walk from the identity with V = 0 and from zero with V; the
+maps are chained in float32, and the segments then run side by side: exact, with other rounding.
+
+Papers: arXiv 2406.06484 (the rule and its chunked form), arXiv 2412.06464 (gates).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _launch
+from ._config import CHECKPOINT, delta_rule_forward_config, delta_rule_step_config
+from ._launch import allow_descriptors, arch, multiprocessors, on_device, precision
+from ._tiles import cast, dot, first_slot, not_finite, sequence_bounds, sequence_of_slot
+from .delta_rule_prepare import alignment, chunk_slots, power_of_two, prepare
+
+MAX_HEAD_DIM = 256
+
+
+@triton.jit
+def _source(base, rows, stride, columns, BT: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
+    """What `_tile` reads [BT, BD] tiles from: a tensor descriptor, whose bounds make zeros, or a pointer."""
+    if TMA:
+        return tl.make_tensor_descriptor(base, [tl.maximum(rows, 1), columns], [stride, 1], [BT, BD])
+    else:
+        return base
+
+
+@triton.jit
+def _tile(source, first, rows, stride, columns, BT: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
+    """Rows [first, first + BT) of a source; zeros outside of [0, rows) x [0, columns)."""
+    if TMA:
+        return source.load([first, 0])
+    else:
+        row = first + tl.arange(0, BT)
+        column = tl.arange(0, BD)
+        at = row.to(tl.int64)[:, None] * stride + column[None, :]
+        return tl.load(source + at, mask=(row < rows)[:, None] & (column < columns)[None, :], other=0.0)
+
+
+@triton.jit
+def _walk(
+    S,  # [BK, BV]: the state entering chunk `first`
+    q,  # sources, row 0 being the sequence's first token
+    k,
+    v,
+    M,  # sources, row 0 being the sequence's first chunk; from chunk to chunk it is HV * BT rows
+    P,
+    factors,  # pointers to the sequence's first token or chunk
+    decay,
+    o,
+    states,
+    first,  # chunks [first, last)
+    last,
+    length,
+    q_t,
+    k_t,
+    v_t,
+    factor_step,
+    HV,
+    columns,  # live value columns of this block
+    values,  # whether v is read: V = 0 where not
+    DTYPE: tl.constexpr,  # of the products' operands
+    K: tl.constexpr,
+    V: tl.constexpr,
+    ROWS: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    OUTPUT: tl.constexpr,  # whether o is written
+    CHECKPOINT: tl.constexpr,  # save the state that enters every so many chunks; 0 saves none
+    CAREFUL: tl.constexpr,
+    STAGES: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The state after the chunks.
+
+    A product spreads a NaN of one row to all rows, the earlier ones too, since 0 * NaN is NaN. It cannot go unseen: a
+    column of new values that is not finite leaves its column of the state not finite for good. So callers look at the
+    final state, and walk again with CAREFUL where it is not finite: this keeps such rows out of the products and
+    writes NaN from the first of them on.
+    """
+    row = tl.arange(0, BT)
+    key = tl.arange(0, BK)
+    column = tl.arange(0, BV)
+    for chunk in tl.range(first, last, num_stages=STAGES):
+        token = chunk * ROWS
+        live = row < tl.minimum(length - token, ROWS)
+        k_tile = _tile(k, token, length, k_t, K, BT, BK, TMA)
+        M_tile = _tile(M, chunk * HV * BT, last * HV * BT, BT, BT, BT, BT, TMA)
+        a = tl.load(factors + token + row, mask=live, other=0.0)
+        c = tl.load(factors + token + row + 2 * factor_step, mask=live, other=0.0)
+        whole = tl.load(decay + tl.cast(chunk, tl.int64) * HV)
+        if CHECKPOINT:
+            due = tl.where(chunk % CHECKPOINT == 0, K, 0)
+            at = tl.cast(chunk // CHECKPOINT, tl.int64) * HV * (K * V) + key[:, None] * V + column[None, :]
+            tl.store(states + at, S, mask=(key < due)[:, None] & (column < columns)[None, :])
+
+        low = cast(S, DTYPE)
+        v_tile = _tile(v, token, length, v_t, columns, BT, BV, TMA)
+        R = tl.where(values, v_tile, 0.0) - a[:, None] * dot(k_tile, low, None, PRECISION)
+        if CAREFUL:
+            bad = not_finite(cast(R, DTYPE).to(S.dtype))
+            X = dot(M_tile, cast(tl.where(bad, 0.0, R), DTYPE), None, PRECISION)
+            bad = bad | not_finite(cast(X, DTYPE).to(S.dtype))
+            bad = tl.cumsum((bad & live[:, None]).to(tl.int32), 0) > 0
+            X = tl.where(bad, float("nan"), X)
+        else:
+            X = dot(M_tile, cast(R, DTYPE), None, PRECISION)
+        if OUTPUT:
+            b = tl.load(factors + token + row + factor_step, mask=live, other=0.0)
+            q_tile = _tile(q, token, length, q_t, K, BT, BK, TMA)
+            P_tile = _tile(P, chunk * HV * BT, last * HV * BT, BT, BT, BT, BT, TMA)
+            O = dot(q_tile, low, None, PRECISION) * b[:, None]
+            if CAREFUL:
+                O = dot(P_tile, cast(tl.where(bad, 0.0, X), DTYPE), O, PRECISION)
+                O = tl.where(bad, float("nan"), O)
+            else:
+                O = dot(P_tile, cast(X, DTYPE), O, PRECISION)
+            at = (token + row).to(tl.int64)[:, None] * (HV * V) + column[None, :]
+            tl.store(o + at, cast(O, o.dtype.element_ty), mask=live[:, None] & (column < columns)[None, :])
+        S = dot(tl.trans(k_tile), cast(X * c[:, None], DTYPE), S * whole, PRECISION)
+    return S
+
+
+@triton.jit
+def _load_state(state, row_stride, K, columns, BK: tl.constexpr, BV: tl.constexpr):
+    key = tl.arange(0, BK)
+    column = tl.arange(0, BV)
+    mask = (key < K)[:, None] & (column < columns)[None, :]
+    return tl.load(state + key.to(tl.int64)[:, None] * row_stride + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _entering(entry, row_stride, K, columns, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr):
+    """The state that enters: zero if `entry` is None."""
+    S = tl.zeros((BK, BV), DTYPE)
+    if entry is not None:
+        S += _load_state(entry, row_stride, K, columns, BK, BV).to(DTYPE)
+    return S
+
+
+@triton.jit
+def _store_state(state, S, row_stride, K, columns, BK: tl.constexpr, BV: tl.constexpr):
+    key = tl.arange(0, BK)
+    column = tl.arange(0, BV)
+    mask = (key < K)[:, None] & (column < columns)[None, :]
+    tl.store(state + key[:, None] * row_stride + column[None, :], S, mask=mask)
+
+
+@triton.jit
+def _zero_rows(o, first, last, row_stride, columns, BT: tl.constexpr, BV: tl.constexpr):
+    column = tl.arange(0, BV)
+    for token in range(first, last, BT):
+        row = token + tl.arange(0, BT)
+        mask = (row < last)[:, None] & (column < columns)[None, :]
+        zero = tl.zeros((BT, BV), o.dtype.element_ty)
+        tl.store(o + row.to(tl.int64)[:, None] * row_stride + column[None, :], zero, mask=mask)
+
+
+@triton.jit
+def _first_of(cu_seqlens, n, start, T, ROWS):
+    """The first slot of sequence n, in an array with one slot for ROWS tokens."""
+    if cu_seqlens is None:
+        return tl.cast(n, tl.int64) * tl.cdiv(T, ROWS)
+    else:
+        return first_slot(start, n, ROWS)
+
+
+@triton.jit
+def _segment(slot, cu_seqlens, N, T, TOKENS, SPLIT: tl.constexpr):
+    """(sequence, batch row, first token, length, segment) of the slot of a segment of TOKENS tokens."""
+    if cu_seqlens is None:
+        segments = tl.maximum(tl.cdiv(T, TOKENS), 1) if SPLIT else 1
+        n = (slot // segments).to(tl.int64)
+        return n, n, tl.cast(0, tl.int64), tl.cast(T, tl.int32), slot % segments
+    else:
+        n = sequence_of_slot(cu_seqlens, slot, N, T, TOKENS) if SPLIT else slot
+        start, length = sequence_bounds(cu_seqlens, n, T)
+        segment = slot - first_slot(start, n, TOKENS) if SPLIT else 0
+        return tl.cast(n, tl.int64), tl.cast(0, tl.int64), start, length.to(tl.int32), tl.cast(segment, tl.int32)
+
+
+_RUN_TIME = ["T", "N", "SEGMENT", "q_b", "k_b", "v_b", "factor_step"]
+
+
+@triton.jit(do_not_specialize=_RUN_TIME)
+def forward_kernel(
+    q,  # [B, T, H, K]
+    k,  # [B, T, H, K]
+    v,  # [B, T, HV, V]
+    M,  # [slots, HV, BT, BT]
+    P,  # [slots, HV, BT, BT]
+    factors,  # [3, B, HV, T]: a, b, c
+    decay,  # [slots, HV]
+    o,  # [B, T, HV, V]
+    entry,  # [N, or slots of segments, HV, K, V]: the states that enter them, or None
+    final,  # [N, HV, K, V]
+    states,  # [slots of checkpoints, HV, K, V] or None
+    cu_seqlens,  # [N + 1] or None
+    T,
+    N,
+    SEGMENT,  # chunks of a segment
+    group,  # HV // H
+    factor_step,  # B * HV * T
+    q_b,  # strides
+    q_t,
+    q_h,
+    k_b,
+    k_t,
+    k_h,
+    v_b,
+    v_t,
+    v_h,
+    entry_n,
+    entry_h,
+    entry_k,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    ROWS: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    ALIGN: tl.constexpr,  # batch strides are multiples of this
+    SPLIT: tl.constexpr,  # whether sequences are cut into segments
+    CHECKPOINT: tl.constexpr,
+    STAGES: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    blocks: tl.constexpr = (V + BV - 1) // BV
+    slot = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    head = tl.program_id(1).to(tl.int64)
+    HV = tl.num_programs(1)
+    n, batch, start, length, segment = _segment(slot, cu_seqlens, N, T, SEGMENT * ROWS, SPLIT)
+    chunks = tl.cdiv(length, ROWS)
+    first = segment * SEGMENT
+    last = tl.minimum(first + SEGMENT, chunks)
+    if (first >= chunks) & (segment > 0):
+        return
+
+    columns = V - block * BV
+    o += (batch * T * HV + head) * V + block * BV
+    if cu_seqlens is not None:  # rows that no sequence covers
+        if (n == 0) & (segment == 0):
+            _zero_rows(o, 0, start, HV * V, columns, BT, BV)
+        if (n == N - 1) & (last == chunks):
+            _zero_rows(o, start + length, T, HV * V, columns, BT, BV)
+    o += start * (HV * V)
+    q += tl.multiple_of(batch * q_b, ALIGN) + start * q_t + (head // group) * q_h
+    k += tl.multiple_of(batch * k_b, ALIGN) + start * k_t + (head // group) * k_h
+    v += tl.multiple_of(batch * v_b, ALIGN) + start * v_t + head * v_h + block * BV
+    at = _first_of(cu_seqlens, n, start, T, ROWS) * HV + head
+    decay += at
+    factors += (batch * HV + head) * T + start
+    q_source = _source(q, length, q_t, K, BT, BK, TMA)
+    k_source = _source(k, length, k_t, K, BT, BK, TMA)
+    v_source = _source(v, length, v_t, columns, BT, BV, TMA)
+    M_source = _source(M + at * (BT * BT), chunks * HV * BT, BT, BT, BT, BT, TMA)
+    P_source = _source(P + at * (BT * BT), chunks * HV * BT, BT, BT, BT, BT, TMA)
+    if CHECKPOINT:
+        states += (_first_of(cu_seqlens, n, start, T, ROWS * CHECKPOINT) * HV + head) * (K * V) + block * BV
+    if entry is not None:
+        entry += (slot if SPLIT else n) * entry_n + head * entry_h + block * BV
+
+    S = _entering(entry, entry_k, K, columns, BK, BV, factors.dtype.element_ty)
+    S = _walk(
+        S,
+        q_source,
+        k_source,
+        v_source,
+        M_source,
+        P_source,
+        factors,
+        decay,
+        o,
+        states,
+        first,
+        last,
+        length,
+        q_t,
+        k_t,
+        v_t,
+        factor_step,
+        HV,
+        columns,
+        True,
+        M.dtype.element_ty,
+        K,
+        V,
+        ROWS,
+        BT,
+        BK,
+        BV,
+        OUTPUT=True,
+        CHECKPOINT=CHECKPOINT,
+        CAREFUL=False,
+        STAGES=STAGES,
+        TMA=TMA,
+        PRECISION=PRECISION,
+    )
+    if last == chunks:
+        _store_state(final + (n * HV + head) * (K * V) + block * BV, S, V, K, columns, BK, BV)
+    if tl.sum(tl.sum(not_finite(S).to(tl.int32), 1), 0) > 0:
+        S = _entering(entry, entry_k, K, columns, BK, BV, factors.dtype.element_ty)
+        _walk(
+            S,
+            q_source,
+            k_source,
+            v_source,
+            M_source,
+            P_source,
+            factors,
+            decay,
+            o,
+            states,
+            first,
+            last,
+            length,
+            q_t,
+            k_t,
+            v_t,
+            factor_step,
+            HV,
+            columns,
+            True,
+            M.dtype.element_ty,
+            K,
+            V,
+            ROWS,
+            BT,
+            BK,
+            BV,
+            OUTPUT=True,
+            CHECKPOINT=0,
+            CAREFUL=True,
+            STAGES=1,
+            TMA=TMA,
+            PRECISION=PRECISION,
+        )
+
+
+@triton.jit(do_not_specialize=_RUN_TIME)
+def map_kernel(
+    k,  # [B, T, H, K]
+    v,  # [B, T, HV, V]
+    M,  # [slots, HV, BT, BT]
+    factors,  # [3, B, HV, T]: a, b, c
+    decay,  # [slots, HV]
+    maps,  # [slots of segments, HV, K, K + V]: transition and the state from zero
+    cu_seqlens,  # [N + 1] or None
+    T,
+    N,
+    SEGMENT,  # chunks of a segment
+    group,  # HV // H
+    factor_step,  # B * HV * T
+    k_b,  # strides
+    k_t,
+    k_h,
+    v_b,
+    v_t,
+    v_h,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    ROWS: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    ALIGN: tl.constexpr,
+    STAGES: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """What each segment but the last does to the state that enters it: one program a block of columns of the map."""
+    key_blocks: tl.constexpr = (K + BV - 1) // BV
+    blocks: tl.constexpr = key_blocks + (V + BV - 1) // BV
+    slot = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    head = tl.program_id(1).to(tl.int64)
+    HV = tl.num_programs(1)
+    n, batch, start, length, segment = _segment(slot, cu_seqlens, N, T, SEGMENT * ROWS, True)
+    chunks = tl.cdiv(length, ROWS)
+    first = segment * SEGMENT
+    last = first + SEGMENT
+    if last >= chunks:
+        return
+
+    values = block >= key_blocks
+    first_column = tl.where(values, block - key_blocks, block) * BV
+    columns = tl.where(values, V, K) - first_column
+    k += tl.multiple_of(batch * k_b, ALIGN) + start * k_t + (head // group) * k_h
+    v += tl.multiple_of(batch * v_b, ALIGN) + start * v_t + head * v_h + tl.where(values, first_column, 0)
+    at = _first_of(cu_seqlens, n, start, T, ROWS) * HV + head
+    decay += at
+    factors += (batch * HV + head) * T + start
+    k_source = _source(k, length, k_t, K, BT, BK, TMA)
+    v_source = _source(v, length, v_t, tl.where(values, columns, V), BT, BV, TMA)
+    M_source = _source(M + at * (BT * BT), chunks * HV * BT, BT, BT, BT, BT, TMA)
+    identity = (tl.arange(0, BK)[:, None] == first_column + tl.arange(0, BV)[None, :]) & (block < key_blocks)
+    S = identity.to(factors.dtype.element_ty)
+    S = _walk(
+        S,
+        None,
+        k_source,
+        v_source,
+        M_source,
+        None,
+        factors,
+        decay,
+        None,
+        None,
+        first,
+        last,
+        length,
+        0,
+        k_t,
+        v_t,
+        factor_step,
+        HV,
+        columns,
+        values,
+        M.dtype.element_ty,
+        K,
+        V,
+        ROWS,
+        BT,
+        BK,
+        BV,
+        OUTPUT=False,
+        CHECKPOINT=0,
+        CAREFUL=False,
+        STAGES=STAGES,
+        TMA=TMA,
+        PRECISION=PRECISION,
+    )
+    maps += (slot.to(tl.int64) * HV + head) * (K * (K + V)) + tl.where(values, K, 0) + first_column
+    _store_state(maps, S, K + V, K, columns, BK, BV)
+
+
+@triton.jit(do_not_specialize=["T", "N", "SEGMENT"])
+def chain_kernel(
+    maps,  # [slots of segments, HV, K, K + V]
+    initial,  # [N, HV, K, V] or None
+    entry,  # [slots of segments, HV, K, V]: the states that enter them
+    cu_seqlens,  # [N + 1] or None
+    T,
+    N,
+    SEGMENT,  # chunks of a segment
+    initial_n,  # strides
+    initial_h,
+    initial_k,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    ROWS: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    STEP: tl.constexpr,  # columns of a transition read at a time
+):
+    """The states that enter the segments of one sequence, one after the other, in full precision."""
+    blocks: tl.constexpr = (V + BV - 1) // BV
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    head = tl.program_id(1).to(tl.int64)
+    HV = tl.num_programs(1)
+    if cu_seqlens is None:
+        start = tl.cast(0, tl.int64)
+        length = tl.cast(T, tl.int64)
+    else:
+        start, length = sequence_bounds(cu_seqlens, n, T)
+    slot = _first_of(cu_seqlens, n, start, tl.maximum(T, 1), SEGMENT * ROWS)
+    columns = V - block * BV
+    key = tl.arange(0, BK)
+    column = tl.arange(0, BV)
+    maps += (slot * HV + head) * (K * (K + V))
+    entry += (slot * HV + head) * (K * V) + block * BV
+    if initial is not None:
+        initial += n * initial_n + head * initial_h + block * BV
+    S = _entering(initial, initial_k, K, columns, BK, BV, entry.dtype.element_ty)
+    _store_state(entry, S, V, K, columns, BK, BV)
+    for _ in range(1, tl.cdiv(length, SEGMENT * ROWS)):
+        tl.debug_barrier()  # the state is read by other threads than wrote it
+        S = _load_state(maps + K + block * BV, K + V, K, columns, BK, BV)
+        for first in range(0, K, STEP):
+            inner = first + tl.arange(0, STEP)
+            mask = (key < K)[:, None] & (inner < K)[None, :]
+            transition = tl.load(maps + key[:, None] * (K + V) + inner[None, :], mask=mask, other=0.0)
+            before = tl.load(
+                entry + inner[:, None] * V + column[None, :],
+                mask=(inner < K)[:, None] & (column < columns)[None, :],
+                other=0.0,
+            )
+            S = dot(transition, before, S, "ieee")
+        maps += HV * (K * (K + V))
+        entry += HV * (K * V)
+        _store_state(entry, S, V, K, columns, BK, BV)
+
+
+@triton.jit(do_not_specialize=["scale", "slots"])
+def step_kernel(
+    q,  # [B, H, K]
+    k,  # [B, H, K]
+    v,  # [B, HV, V]
+    beta,  # [B, HV]
+    g,  # [B, HV] or None
+    o,  # [B, HV, V]
+    state,  # [slots, HV, K, V], written in place
+    state_indices,  # [B] or None
+    scale,
+    slots,
+    group,  # HV // H
+    q_b,  # strides
+    q_h,
+    q_d,
+    k_b,
+    k_h,
+    k_d,
+    v_b,
+    v_h,
+    v_d,
+    beta_b,
+    beta_h,
+    g_b,
+    g_h,
+    state_n,
+    state_h,
+    state_k,
+    state_v,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    QK_L2NORM: tl.constexpr,
+):
+    batch = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    HV = tl.num_programs(1)
+    key = tl.arange(0, BK)
+    column = tl.program_id(2) * BV + tl.arange(0, BV)
+    o += (batch * HV + head) * V + column
+    slot = batch
+    if state_indices is not None:
+        slot = tl.load(state_indices + batch).to(tl.int64)
+        if (slot < 0) | (slot >= slots):
+            tl.store(o, tl.zeros((BV,), o.dtype.element_ty), mask=column < V)
+            return
+    compute: tl.constexpr = tl.float64 if q.dtype.element_ty == tl.float64 else tl.float32
+    at = slot * state_n + head * state_h + key.to(tl.int64)[:, None] * state_k + column.to(tl.int64)[None, :] * state_v
+    mask = (key < K)[:, None] & (column < V)[None, :]
+    S = tl.load(state + at, mask=mask, other=0.0).to(compute)
+    q_row = tl.load(q + batch * q_b + (head // group) * q_h + key * q_d, mask=key < K, other=0.0).to(compute)
+    k_row = tl.load(k + batch * k_b + (head // group) * k_h + key * k_d, mask=key < K, other=0.0).to(compute)
+    v_row = tl.load(v + batch * v_b + head * v_h + column * v_d, mask=column < V, other=0.0).to(compute)
+    rate = tl.load(beta + batch * beta_b + head * beta_h).to(compute)
+    if QK_L2NORM:
+        q_row = q_row / tl.sqrt(tl.sum(q_row * q_row, 0) + 1e-6)
+        k_row = k_row / tl.sqrt(tl.sum(k_row * k_row, 0) + 1e-6)
+    if g is not None:
+        S = S * tl.exp(tl.load(g + batch * g_b + head * g_h).to(compute))
+    u = rate * (v_row - tl.sum(S * k_row[:, None], 0))
+    S = S + k_row[:, None] * u[None, :]
+    tl.store(o, cast(scale * tl.sum(S * q_row[:, None], 0), o.dtype.element_ty), mask=column < V)
+    tl.store(state + at, cast(S, state.dtype.element_ty), mask=mask)
+
+
+def why_not(device: str, dtype: torch.dtype, *sizes: int) -> str | None:
+    """The reason why these kernels cannot run head dimensions `sizes`, or None."""
+    reason = _launch.why_not(device)
+    if reason:
+        return reason
+    if any(s > MAX_HEAD_DIM for s in sizes):
+        return f"head dimensions go up to {MAX_HEAD_DIM}, got {max(sizes)}"
+    return None
+
+
+def _rows(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The kernels take any outer strides and need unit stride along the last dimension."""
+    return tuple(t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tensors)
+
+
+def _segment_chunks(chunks: int, programs: int, N: int, x: torch.Tensor) -> int | None:
+    """The chunks of a segment, or None where cutting is not worth it.
+
+    `chunks` are those of all N sequences together, `programs` those that walk side by side in each. The maps take about
+    as long as the walk, with twice the programs: below four segments a sequence nothing is won.
+    """
+    if torch.are_deterministic_algorithms_enabled():
+        return None
+    segments = multiprocessors(x) // (2 * programs)
+    length = max(16, triton.cdiv(chunks, max(segments, 1)))
+    return triton.cdiv(length, CHECKPOINT) * CHECKPOINT if 4 * length * N <= chunks else None
+
+
+def forward(q, k, v, beta, g, initial_state, cu_seqlens, *, scale, qk_l2norm, save_states, rows=None):
+    """(o, final_state, states): `states` enter every CHECKPOINT-th chunk, for `backward`; empty unless asked for.
+
+    `rows`: the live rows of a chunk, all by default.
+    """
+    B, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    config = delta_rule_forward_config(K, V, q.dtype, arch())
+    BT, BV, rows = config.BT, config.BV, rows or config.BT
+    q, k, v, initial_state = _rows(q, k, v, initial_state)
+    compute = torch.promote_types(q.dtype, torch.float32)
+    o = torch.empty(B, T, HV, V, dtype=v.dtype, device=v.device)
+    final = torch.empty(N, HV, K, V, dtype=compute, device=v.device)
+    saved = chunk_slots(B, T, cu_seqlens, rows * CHECKPOINT)
+    states = torch.empty((saved, HV, K, V) if save_states else 0, dtype=compute, device=v.device)
+    if N == 0:
+        return o.zero_(), final, states
+
+    options = {"scale": scale, "qk_l2norm": qk_l2norm, "fold_beta": True, "BT": BT, "rows": rows}
+    M, P, factors, decay = prepare(q, k, beta, g, cu_seqlens, **options)
+    align = alignment(q, k, v)
+    tma = config.tma and align > 1 and all(x.data_ptr() % 16 == 0 for x in (q, k, v))
+    if tma:
+        allow_descriptors()
+    chunks = B * triton.cdiv(T, rows)
+    blocks = triton.cdiv(V, BV)
+    segment = _segment_chunks(chunks, HV * blocks, N, q)
+    sizes = {"K": K, "V": V, "ROWS": rows, "BT": BT, "BK": power_of_two(K), "BV": BV, "ALIGN": align}
+    launch = {"STAGES": config.num_stages, "TMA": tma, "PRECISION": precision(q.dtype)} | config.options
+    lengths = (cu_seqlens, T, N, segment or chunks + 1)
+    slots = chunk_slots(B, max(T, 1), cu_seqlens, rows * segment) if segment else N
+    with on_device(q):
+        entry = initial_state
+        if segment:
+            entry = _entries(k, v, M, factors, decay, initial_state, lengths, slots, sizes, launch, compute)
+        forward_kernel[(slots * blocks, HV)](
+            q,
+            k,
+            v,
+            M,
+            P,
+            factors,
+            decay,
+            o,
+            entry,
+            final,
+            states if save_states else None,
+            *lengths,
+            HV // H,
+            B * HV * T,
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            *((0, 0, 0) if entry is None else entry.stride()[:3]),
+            **sizes,
+            SPLIT=segment is not None,
+            CHECKPOINT=CHECKPOINT if save_states else 0,
+            **launch,
+        )
+    return o, final, states
+
+
+def _entries(k, v, M, factors, decay, initial_state, lengths, slots, sizes, launch, compute):
+    """The states that enter the segments: their maps side by side, then the chain."""
+    HV, K, V, BV = v.shape[2], sizes["K"], sizes["V"], sizes["BV"]
+    cu_seqlens, T, N, segment = lengths
+    maps = torch.empty(slots, HV, K, K + V, dtype=compute, device=v.device)
+    entry = torch.empty(slots, HV, K, V, dtype=compute, device=v.device)
+    map_kernel[(slots * (triton.cdiv(K, BV) + triton.cdiv(V, BV)), HV)](
+        k,
+        v,
+        M,
+        factors,
+        decay,
+        maps,
+        *lengths,
+        HV // k.shape[2],
+        k.shape[0] * HV * T,
+        *k.stride()[:3],
+        *v.stride()[:3],
+        **sizes,
+        **launch,
+    )
+    chain_kernel[(N * triton.cdiv(V, 16), HV)](
+        maps,
+        initial_state,
+        entry,
+        *lengths,
+        *((0, 0, 0) if initial_state is None else initial_state.stride()[:3]),
+        K=K,
+        V=V,
+        ROWS=sizes["ROWS"],
+        BK=sizes["BK"],
+        BV=16,
+        STEP=16,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+    return entry
+
+
+def step(q, k, v, beta, g, *, state, scale, qk_l2norm, state_indices):
+    """o; `state` is written in place."""
+    B, H, K = q.shape
+    HV, V = v.shape[1:]
+    config = delta_rule_step_config(K, V, q.dtype, arch())
+    o = torch.empty(B, HV, V, dtype=v.dtype, device=v.device)
+    if B:
+        with on_device(q):
+            step_kernel[(B, HV, triton.cdiv(V, config.BV))](
+                q,
+                k,
+                v,
+                beta,
+                g,
+                o,
+                state,
+                state_indices,
+                scale,
+                state.shape[0],
+                HV // H,
+                *q.stride(),
+                *k.stride(),
+                *v.stride(),
+                *beta.stride(),
+                *((0, 0) if g is None else g.stride()),
+                *state.stride(),
+                K=K,
+                V=V,
+                BK=power_of_two(K),
+                BV=config.BV,
+                QK_L2NORM=qk_l2norm,
+                **config.options,
+            )
+    return o
