@@ -4,17 +4,22 @@
 import re
 
 _RESULT = re.compile(r"^\s*%([\w#]+)(?::\d+)? = (?:\")?([\w.]+)(?:\")?(.*)$")
+_PASSES_ON = ("arith.", "tt.splat", "tt.broadcast", "tt.expand_dims")
 _NAME = re.compile(r"%([\w]+)(?:#\d+)?")
 
 
 def loop_loads_and_multiplies(ttir: str) -> bool:
-    """Whether some loop of a kernel holds both a load and a matrix product."""
+    """Whether some loop of a kernel holds both a load of a tile (of two dimensions at least) and a matrix product."""
+    patterns = {
+        "load": re.compile(r"\btt\.descriptor_load\b|\btt\.load\b.*tensor<\d+x\d+x"),
+        "dot": re.compile(r"\btt\.dot\b"),
+    }
     open_loops, found, depth = [], [], 0
     for line in ttir.splitlines():
         if re.search(r"\bscf\.(for|while)\b", line):
             open_loops.append((depth, set()))
-        for word in ("load", "dot"):
-            if re.search(rf"\btt\.(descriptor_)?{word}\b", line):
+        for word, pattern in patterns.items():
+            if pattern.search(line):
                 for _, inside in open_loops:
                     inside.add(word)
         depth += line.count("{") - line.count("}")
@@ -31,8 +36,8 @@ def narrow_offsets(ttir: str) -> list[str]:
     """Products in 32 bits that reach an address, though a big tensor would make them overflow.
 
     That is a product of two values that are only known at run time (an index and a stride), or of one of those and a
-    constant beyond a tile's size. What is made of `tl.arange` and constants alone is bounded by the tile, and a number of
-    programs times a number of something is a size.
+    constant beyond a tile's size. What is made of `tl.arange` and constants alone is bounded by the tile, and a number
+    of programs times a number of something is a size.
     """
     bounded, constants, grid, narrow, found = set(), {}, set(), {}, []
     # Loops carry values from their end to their start: a second round sees what the first brought there.
@@ -81,9 +86,8 @@ def narrow_offsets(ttir: str) -> list[str]:
                 )
                 if not small:
                     narrow[name] = line.strip()
-            elif operation.startswith(("arith.", "tt.splat", "tt.broadcast", "tt.expand_dims")):
-                if not operation.startswith("arith.cmp"):
-                    for operand in operands:
-                        if operand in narrow:
-                            narrow[name] = narrow[operand]
+            elif operation.startswith(_PASSES_ON) and not operation.startswith("arith.cmp"):
+                for operand in operands:
+                    if operand in narrow:
+                        narrow[name] = narrow[operand]
     return list(dict.fromkeys(found))

@@ -47,7 +47,7 @@ CASES = (
     Case("delta_rule", "bfloat16", {"K": 128, "V": 128, "g": True}, targets=ALL, short=True),
     Case("delta_rule", "bfloat16", {"K": 128, "V": 128}),
     Case("delta_rule", "bfloat16", {"K": 128, "V": 128, "g": True, "GVA": True, "packed": True, "l2norm": True}),
-    Case("delta_rule", "bfloat16", {"K": 128, "V": 128, "g": True, "split": True}, targets=ALL),
+    Case("delta_rule", "bfloat16", {"K": 128, "V": 128, "g": True, "T": 4096, "H": 2, "split": True}, targets=ALL),
     Case("delta_rule", "bfloat16", {"K": 64, "V": 64, "g": True}),
     Case("delta_rule", "bfloat16", {"K": 256, "V": 256, "g": True}, targets=ALL),
     Case("delta_rule", "bfloat16", {"K": 100, "V": 60, "g": True}),
@@ -70,8 +70,7 @@ def delta_rule(dtype, *, K, V, B=4, T=128, H=16, GVA=False, g=False, packed=Fals
 
     HV = 2 * H if GVA else H
     if packed or split:
-        B, T = 1, 4096 if split else T
-        H, HV = (H, HV) if packed else (2, 2)
+        B = 1
     N = 8 if packed else B
     q, k = torch.zeros(2, B, T, H, K, dtype=dtype)
     v = torch.zeros(B, T, HV, V, dtype=dtype)
@@ -89,7 +88,7 @@ def delta_rule(dtype, *, K, V, B=4, T=128, H=16, GVA=False, g=False, packed=Fals
         saved[:] = [op.forward(*inputs, save_states=True, **options)[2]]
 
     def step():
-        tokens = (None if x is None else x[:, 0] for x in inputs[:5])
+        tokens = (None if x is None else x[:, 0].contiguous() for x in inputs[:5])
         op.step(*tokens, state=state[:B], state_indices=None, **options)
 
     return {
@@ -116,7 +115,9 @@ def causal_conv1d(dtype, *, W, B=4, T=128, D=512, bias=False, silu=False, packed
     return {
         "forward": lambda: op.forward(*inputs, activation=activation),
         "backward": lambda: op.backward(*inputs, x, state, activation=activation, needs=needs),
-        "step": lambda: op.step(x[:, :, 0], *inputs[1:3], state=state[:B], activation=activation, state_indices=None),
+        "step": lambda: op.step(
+            x[:, :, 0].contiguous(), *inputs[1:3], state=state[:B], activation=activation, state_indices=None
+        ),
     }
 
 

@@ -68,8 +68,9 @@ class Launched:
 
     def access(self, what: str, pointers, mask) -> None:
         size = max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
-        at = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, mask.data.shape))
-        at = at[np.broadcast_to(mask.data, at.shape).astype(bool)].astype(np.uint64)
+        live = np.asarray(mask.data, dtype=bool)
+        at = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, live.shape))
+        at = at[np.broadcast_to(live, at.shape)].astype(np.uint64)
         allowed = self.allowed.get(size, np.empty(0, np.uint64))
         place = np.searchsorted(allowed, at)
         right = place < len(allowed)
@@ -106,13 +107,13 @@ def watched_memory():
         launches.append(Launched(self.fn.__name__, allowed))
         return call(self, *args, **kwargs)
 
-    def watched_load(self, pointers, mask, *rest):
+    def watched_load(self, pointers, mask, *rest, **options):
         launches[-1].access("load", pointers, mask)
-        return load(self, pointers, mask, *rest)
+        return load(self, pointers, mask, *rest, **options)
 
-    def watched_store(self, pointers, value, mask, *rest):
+    def watched_store(self, pointers, value, mask, *rest, **options):
         launches[-1].access("store", pointers, mask)
-        return store(self, pointers, value, mask, *rest)
+        return store(self, pointers, value, mask, *rest, **options)
 
     interpreter.GridExecutor.__call__ = launch
     interpreter.InterpreterBuilder.create_masked_load = watched_load
