@@ -37,3 +37,28 @@ def delta_rule_forward_config(K: int, V: int, dtype: torch.dtype, arch: str) -> 
 def delta_rule_step_config(K: int, V: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
     """One program a row, value head and BV value columns."""
     return LaunchConfig(BT=1, BV=min(_power_of_two(V), max(16, 4096 // _power_of_two(K))), num_warps=4, num_stages=1)
+
+
+def _warps(threads: int, arch: str) -> int:
+    return max(1, threads // (64 if arch.startswith("gfx") else 32))
+
+
+def causal_conv1d(
+    kind: str, time_is_fast: bool, vectors: bool, D: int, W: int, dtype: torch.dtype, arch: str
+) -> LaunchConfig:
+    """The tiles of the causal convolution: 128 threads, each with a run of tokens of one channel or of a vector of them."""
+    warps = _warps(128, arch)
+    if time_is_fast:  # 32 runs of each of 4 channels
+        return LaunchConfig(BT=32 * (16 // dtype.itemsize if vectors else 8), BD=4, num_warps=warps)
+    vector = 16 // dtype.itemsize if kind == "forward" else 4
+    BD = min(32 * vector, 1 << (D - 1).bit_length())
+    return LaunchConfig(BT=8 * 128 * vector // BD, BD=BD, num_warps=warps)
+
+
+def causal_conv1d_reduce(arch: str) -> LaunchConfig:
+    """Sums over partial sums: BT rows of them at a time, BD channels."""
+    return LaunchConfig(BT=16, BD=64, num_warps=_warps(128, arch))
+
+
+def causal_conv1d_step(D: int, arch: str) -> LaunchConfig:
+    return LaunchConfig(BT=1, BD=min(256, 1 << (D - 1).bit_length()), num_warps=_warps(128, arch))

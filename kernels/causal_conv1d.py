@@ -1,0 +1,725 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The short causal depthwise convolution (arXiv 2312.00752, section 3.4) on GPUs.
+
+    z_t = bias + sum_{s=0}^{W-1} weight_{W-1-s} x_{t-s},      y_t = z_t or silu(z_t)
+    dx_p = sum_{s=0}^{W-1} weight_{W-1-s} dz_{p+s}            (z is computed again from x; nothing else is saved)
+
+per channel; x before a sequence is its initial state, oldest first, or zero. Products and sums are float32 (float64
+for float64).
+
+A tile is BT tokens x BD channels. Each lane of it holds RUN tokens behind one another as RUN separate registers
+("columns" below), so that a shift in time is a choice of registers: it reads its RUN tokens and the W-1 before them,
+and nothing W times. Channel-last memory: neighbouring lanes are neighbouring channels, a load is one token of them.
+Channel-first memory: neighbouring lanes are neighbouring runs, a load is a whole run (VECTORS; where L is no multiple
+of a run, one token at a time). Tiles that lie inside of a sequence with all that they reach skip every mask
+(MASKED=False); the others find each token's sequence and its distance from both ends.
+
+Each launch has further programs behind those of the tiles, one a sequence and block of channels, for what belongs to
+the states: the final state in the forward pass, the initial state's gradient in the backward pass. The parameters'
+gradients are partial sums, one a program, that a second launch adds in a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _config
+from ._launch import arch, multiprocessors, on_device
+from ._launch import why_not as _why_not_here
+from ._tiles import sequence_bounds
+
+RUN = 8  # tokens of a lane that loads them one at a time
+VECTOR_BYTES = 16  # of a lane that loads its run at once
+STATE_CHANNELS = 128  # channels of a program that works on states
+MAX_STEPS = 16  # tiles of one program of the backward pass
+FILL = 16  # programs a multiprocessor that the backward pass keeps before it gives them several tiles
+
+# ------------------------------------------------------------------------------------------- runs of tokens
+
+
+@triton.jit
+def _split_run(x, RUN: tl.constexpr):
+    """[A, B, RUN] -> RUN tensors [A, B]. A lane has its run to itself: nothing moves."""
+    A: tl.constexpr = x.shape[0]
+    B: tl.constexpr = x.shape[1]
+    parts = (x,)
+    for level in tl.static_range(3):
+        if RUN >> level > 1:
+            halves = ()
+            for i in tl.static_range(1 << level):
+                pair = tl.permute(tl.reshape(parts[i], [A, B, 2, RUN >> (level + 1)]), [0, 1, 3, 2])
+                halves = halves + tl.split(pair)
+            parts = halves
+    columns = ()
+    for i in tl.static_range(RUN):
+        columns = columns + (tl.reshape(parts[i], [A, B]),)
+    return columns
+
+
+@triton.jit
+def _join_run(columns, RUN: tl.constexpr):
+    """The inverse of _split_run."""
+    A: tl.constexpr = columns[0].shape[0]
+    B: tl.constexpr = columns[0].shape[1]
+    parts = ()
+    for i in tl.static_range(RUN):
+        parts = parts + (tl.reshape(columns[i], [A, B, 1]),)
+    for level in tl.static_range(3):
+        if 1 << level < RUN:
+            pairs = ()
+            for i in tl.static_range(RUN >> (level + 1)):
+                pair = tl.permute(tl.join(parts[2 * i], parts[2 * i + 1]), [0, 1, 3, 2])
+                pairs = pairs + (tl.reshape(pair, [A, B, 2 << level]),)
+            parts = pairs
+    return parts[0]
+
+
+@triton.jit
+def _load_run(
+    at, stride_t, time, live, L, FIRST: tl.constexpr, COUNT: tl.constexpr, RUN: tl.constexpr, VECTORS: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """The columns of tokens time+FIRST .. time+FIRST+COUNT-1; `at` points at token `time`. Outside of [0, L): 0.
+
+    VECTORS: time and L are multiples of RUN, so that a whole run is inside or outside.
+    """
+    dtype: tl.constexpr = tl.float64 if at.dtype.element_ty == tl.float64 else tl.float32
+    columns = ()
+    if VECTORS:
+        FIRST_RUN: tl.constexpr = FIRST // RUN
+        SKIP: tl.constexpr = FIRST - FIRST_RUN * RUN
+        runs = ()
+        for r in tl.static_range((SKIP + COUNT + RUN - 1) // RUN):
+            ahead = (FIRST_RUN + r) * RUN
+            mask = live
+            if MASKED:
+                mask = mask & (time + ahead >= 0) & (time + ahead < L)
+            run_at = at[:, :, None] + (ahead + tl.arange(0, RUN))[None, None, :] * stride_t
+            runs = runs + _split_run(tl.load(run_at, mask=mask[:, :, None], other=0).to(dtype), RUN)
+        for i in tl.static_range(COUNT):
+            columns = columns + (runs[SKIP + i],)
+    else:
+        for i in tl.static_range(COUNT):
+            mask = live
+            if MASKED:
+                mask = mask & (time + (FIRST + i) >= 0) & (time + (FIRST + i) < L)
+            columns = columns + (tl.load(at + (FIRST + i) * stride_t, mask=mask, other=0).to(dtype),)
+    return columns
+
+
+@triton.jit
+def _store_run(
+    at, stride_t, columns, time, live, L, RUN: tl.constexpr, VECTORS: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    dtype: tl.constexpr = at.dtype.element_ty
+    if VECTORS:
+        mask = live
+        if MASKED:
+            mask = mask & (time < L)
+        run_at = at[:, :, None] + tl.arange(0, RUN)[None, None, :] * stride_t
+        tl.store(run_at, _join_run(columns, RUN).to(dtype), mask=mask[:, :, None])
+    else:
+        for i in tl.static_range(RUN):
+            mask = live
+            if MASKED:
+                mask = mask & (time + i < L)
+            tl.store(at + i * stride_t, columns[i].to(dtype), mask=mask)
+
+
+# ----------------------------------------------------------------------------- sequences, taps, activation
+
+
+@triton.jit
+def _sequence_of(cu_seqlens, time, low, high):
+    """The last packed sequence of low .. high that does not begin behind token `time`, element by element."""
+    first = low + tl.zeros_like(time)
+    last = high + tl.zeros_like(time)
+    span = high - low
+    while span > 0:
+        middle = (first + last + 1) // 2
+        begun = tl.load(cu_seqlens + middle).to(tl.int64) <= time
+        first = tl.where(begun, middle, first)
+        last = tl.where(begun, last, middle - 1)
+        span = span // 2
+    return first
+
+
+@triton.jit
+def _neighbourhood(cu_seqlens, t0, b, N, L, BACK: tl.constexpr, AHEAD: tl.constexpr):
+    """(inside, low, high): whether tokens t0-BACK .. t0+AHEAD-1 are all of t0's sequence, and the sequences that the
+    tokens from t0 on can belong to."""
+    if cu_seqlens is None:
+        return (t0 >= BACK) & (t0 + AHEAD <= L), b, b
+    low = _sequence_of(cu_seqlens, t0, b, b + N - 1)
+    high = _sequence_of(cu_seqlens, t0 + AHEAD - 1, b, b + N - 1)
+    start, length = sequence_bounds(cu_seqlens, low, L)
+    return (t0 - BACK >= start) & (t0 + AHEAD <= start + length), low, high
+
+
+@triton.jit
+def _place(cu_seqlens, time, low, high, L):
+    """(n, age, left) of each token: its sequence, the tokens of it before, and those from it to the end.
+
+    A token of no sequence has age -1 and nothing left.
+    """
+    if cu_seqlens is None:
+        live = (time >= 0) & (time < L)
+        return low, tl.where(live, time, -1), tl.where(live, L - time, 0)
+    n = _sequence_of(cu_seqlens, time, low, high)
+    start, length = sequence_bounds(cu_seqlens, n, L)
+    live = (time >= start) & (time < start + length)
+    return n, tl.where(live, time - start, -1), tl.where(live, start + length - time, 0)
+
+
+@triton.jit
+def _taps(columns, AT: tl.constexpr, n, age, state_at, state_stride_n, state_stride_w, live, W: tl.constexpr,
+          MASKED: tl.constexpr):  # fmt: skip
+    """The W inputs that the token of columns[AT] sees, the latest first. `state_at` points at its channels' states."""
+    taps = ()
+    for s in tl.static_range(W):
+        tap = columns[AT - s]
+        if MASKED:
+            tap = tl.where(age >= s, tap, 0)
+            if state_at is not None and s > 0:
+                state = state_at + n * state_stride_n + (W - 1 + age - s) * state_stride_w
+                tap += tl.load(state, mask=live & (age >= 0) & (age < s), other=0).to(tap.dtype)
+        taps = taps + (tap,)
+    return taps
+
+
+@triton.jit
+def _load_weight(weight, stride_d, stride_w, bias, stride_bias, channel, D, W: tl.constexpr, dtype: tl.constexpr):
+    """(W tensors, the tap of the latest input first; the bias or 0)."""
+    taps = ()
+    for s in tl.static_range(W):
+        at = weight + channel.to(tl.int64) * stride_d + (W - 1 - s) * stride_w
+        taps = taps + (tl.load(at, mask=channel < D, other=0).to(dtype),)
+    b = tl.zeros_like(taps[0])
+    if bias is not None:
+        b = tl.load(bias + channel.to(tl.int64) * stride_bias, mask=channel < D, other=0).to(dtype)
+    return taps, b
+
+
+@triton.jit
+def _convolve(taps, weight, bias, W: tl.constexpr):
+    z = bias + weight[0] * taps[0]
+    for s in tl.static_range(1, W):
+        z += weight[s] * taps[s]
+    return z
+
+
+@triton.jit
+def _activate(z, SILU: tl.constexpr):
+    if SILU:
+        z = z / (1 + tl.exp(-z))
+    return z
+
+
+@triton.jit
+def _through_activation(dy, z, SILU: tl.constexpr):
+    """dz"""
+    if SILU:
+        sigmoid = 1 / (1 + tl.exp(-z))
+        dy = dy * (sigmoid * (1 + z * (1 - sigmoid)))
+    return dy
+
+
+@triton.jit
+def _lanes(T_AXIS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, RUN: tl.constexpr):
+    """(first token, channel) of each lane: broadcastable to [BT // RUN, BD], or its transpose for T_AXIS=1."""
+    time = tl.expand_dims(tl.arange(0, BT // RUN) * RUN, 1 - T_AXIS)
+    channel = tl.expand_dims(tl.arange(0, BD), T_AXIS)
+    return time, channel
+
+
+@triton.jit
+def _program(pid, time_blocks, channel_blocks, T_AXIS: tl.constexpr):
+    """(batch entry, block of time, block of channels): neighbouring programs are neighbours in memory."""
+    rows = time_blocks * channel_blocks
+    if T_AXIS == 1:
+        return pid // rows, pid % time_blocks, pid % rows // time_blocks
+    return pid // rows, pid % rows // channel_blocks, pid % channel_blocks
+
+
+# ---------------------------------------------------------------------------------------------- forward
+
+
+@triton.jit
+def _forward_tile(
+    x_at, x_stride_t, y_at, y_stride_t, weight, bias, state_at, state_stride_n, state_stride_w, cu_seqlens,
+    time, live, low, high, L,
+    W: tl.constexpr, RUN: tl.constexpr, VECTORS: tl.constexpr, SILU: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    columns = _load_run(x_at, x_stride_t, time, live, L, 1 - W, RUN + W - 1, RUN, VECTORS, MASKED)
+    results = ()
+    for i in tl.static_range(RUN):
+        n, age, left = low, time, time
+        if MASKED:
+            n, age, left = _place(cu_seqlens, time + i, low, high, L)
+        taps = _taps(columns, W - 1 + i, n, age, state_at, state_stride_n, state_stride_w, live, W, MASKED)
+        y = _activate(_convolve(taps, weight, bias, W), SILU)
+        if MASKED:
+            y = tl.where(left > 0, y, 0)
+        results = results + (y,)
+    _store_run(y_at, y_stride_t, results, time, live, L, RUN, VECTORS, MASKED)
+
+
+@triton.jit
+def _final_state(
+    x, x_stride_d, x_stride_t, state, state_stride_d, state_stride_w, final_state, d0, D, start, end,
+    W: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """The last W-1 inputs of a sequence; x, state and final_state point at its batch entry and its rows."""
+    BW: tl.constexpr = triton.next_power_of_2(W - 1)
+    channel = (d0 + tl.arange(0, BD)).to(tl.int64)[:, None]
+    j = tl.arange(0, BW)[None, :]
+    p = end - (W - 1) + j
+    live = (channel < D) & (j < W - 1)
+    value = tl.load(x + channel * x_stride_d + p * x_stride_t, mask=live & (p >= start), other=0)
+    value = value.to(final_state.dtype.element_ty)
+    if state is not None:
+        at = state + channel * state_stride_d + (p - start + W - 1) * state_stride_w
+        value += tl.load(at, mask=live & (p < start), other=0).to(value.dtype)
+    tl.store(final_state + channel * (W - 1) + j, value, mask=live)
+
+
+@triton.jit(do_not_specialize=["N", "L", "tiles", "time_blocks", "channel_blocks"])
+def _forward_kernel(
+    x,  # [B, D, L]
+    x_stride_b, x_stride_d, x_stride_t,
+    weight,  # [D, W]
+    weight_stride_d, weight_stride_w,
+    bias,  # [D] or None
+    bias_stride,
+    state,  # [N, D, W-1] or None
+    state_stride_n, state_stride_d, state_stride_w,
+    cu_seqlens,  # [N + 1] or None
+    y,  # [B, D, L]
+    y_stride_b, y_stride_d, y_stride_t,
+    final_state,  # [N, D, W-1], contiguous
+    N, D, L,
+    tiles,  # programs that work on tiles; the others work on states
+    time_blocks, channel_blocks,
+    W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, RUN: tl.constexpr, BS: tl.constexpr,
+    T_AXIS: tl.constexpr, VECTORS: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    pid = tl.program_id(0)
+    if pid < tiles:
+        b, block, channel_block = _program(pid, time_blocks, channel_blocks, T_AXIS)
+        b = b.to(tl.int64)
+        t0 = block.to(tl.int64) * BT
+        time, channel = _lanes(T_AXIS, BT, BD, RUN)
+        time = t0 + time
+        channel = channel_block * BD + channel
+        taps, offset = _load_weight(
+            weight, weight_stride_d, weight_stride_w, bias, bias_stride, channel, D, W, dtype
+        )
+        live = tl.broadcast(channel < D, time >= 0)[0]
+        channel = channel.to(tl.int64)
+        x_at = x + b * x_stride_b + channel * x_stride_d + time * x_stride_t
+        y_at = y + b * y_stride_b + channel * y_stride_d + time * y_stride_t
+        state_at = state
+        if state is not None:
+            state_at = state + channel * state_stride_d
+        HALO: tl.constexpr = (W - 1 + RUN - 1) // RUN * RUN if VECTORS else W - 1
+        inside, low, high = _neighbourhood(cu_seqlens, t0, b, N, L, HALO, BT)
+        if inside:
+            _forward_tile(x_at, x_stride_t, y_at, y_stride_t, taps, offset, state_at, state_stride_n, state_stride_w,
+                          cu_seqlens, time, live, low, high, L, W, RUN, VECTORS, SILU, False)  # fmt: skip
+        else:
+            _forward_tile(x_at, x_stride_t, y_at, y_stride_t, taps, offset, state_at, state_stride_n, state_stride_w,
+                          cu_seqlens, time, live, low, high, L, W, RUN, VECTORS, SILU, True)  # fmt: skip
+    elif W > 1:
+        state_blocks = tl.cdiv(D, BS)
+        n = ((pid - tiles) // state_blocks).to(tl.int64)
+        d0 = (pid - tiles) % state_blocks * BS
+        start = n * 0
+        end = start + L
+        row = n
+        if cu_seqlens is not None:
+            start, length = sequence_bounds(cu_seqlens, n, L)
+            end = start + length
+            row = n * 0
+        state_at = state
+        if state is not None:
+            state_at = state + n * state_stride_n
+        _final_state(x + row * x_stride_b, x_stride_d, x_stride_t, state_at, state_stride_d, state_stride_w,
+                     final_state + n * D * (W - 1), d0, D, start, end, W, BS)  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------- backward
+
+
+@triton.jit
+def _backward_tile(
+    x_at, x_stride_t, dy_at, dy_stride_t, dx_at, dx_stride_t, weight, bias,
+    state_at, state_stride_n, state_stride_w, dfinal_at, dfinal_stride_n, dfinal_stride_w, cu_seqlens,
+    time, live, low, high, L, sums,
+    W: tl.constexpr, RUN: tl.constexpr, VECTORS: tl.constexpr, SILU: tl.constexpr, NEED_SUMS: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Writes dx (unless dx_at is None); returns `sums`, W of dweight and one of dbias, with this tile's added."""
+    # Token p's gradient needs dz of p .. p+W-1, and z needs the W-1 inputs before each of them.
+    AHEAD: tl.constexpr = 0 if dx_at is None else W - 1
+    dz = _load_run(dy_at, dy_stride_t, time, live, L, 0, RUN + AHEAD, RUN, VECTORS, MASKED)
+    if SILU or NEED_SUMS:
+        columns = _load_run(
+            x_at, x_stride_t, time, live, L, 1 - W, W - 1 + RUN + (AHEAD if SILU else 0), RUN, VECTORS, MASKED
+        )
+    ns, lefts, dzs = (), (), ()
+    for i in tl.static_range(RUN + AHEAD):
+        n, age, left = low, time, time
+        if MASKED:
+            n, age, left = _place(cu_seqlens, time + i, low, high, L)
+        d = dz[i]
+        if SILU or (NEED_SUMS and i < RUN):
+            taps = _taps(columns, W - 1 + i, n, age, state_at, state_stride_n, state_stride_w, live, W, MASKED)
+        if SILU:
+            d = _through_activation(d, _convolve(taps, weight, bias, W), SILU)
+        if MASKED:
+            d = tl.where(left > 0, d, 0)
+        if NEED_SUMS and i < RUN:
+            added = ()
+            for s in tl.static_range(W):
+                added = added + (sums[s] + d * taps[s],)
+            sums = added + (sums[W] + d,)
+        ns, lefts, dzs = ns + (n,), lefts + (left,), dzs + (d,)
+    if dx_at is not None:
+        results = ()
+        for i in tl.static_range(RUN):
+            dx = weight[0] * dzs[i]
+            for s in tl.static_range(1, W):
+                if MASKED:
+                    dx += weight[s] * tl.where(s < lefts[i], dzs[i + s], 0)
+                else:
+                    dx += weight[s] * dzs[i + s]
+            if MASKED and dfinal_at is not None:
+                at = dfinal_at + ns[i] * dfinal_stride_n + (W - 1 - lefts[i]) * dfinal_stride_w
+                dx += tl.load(at, mask=live & (lefts[i] > 0) & (lefts[i] < W), other=0).to(dx.dtype)
+            results = results + (dx,)
+        _store_run(dx_at, dx_stride_t, results, time, live, L, RUN, VECTORS, MASKED)
+    return sums
+
+
+@triton.jit
+def _initial_state_gradient(
+    x, x_stride_d, x_stride_t, dy, dy_stride_d, dy_stride_t,
+    weight, weight_stride_d, weight_stride_w, bias, bias_stride,
+    state, state_stride_d, state_stride_w, dfinal_state, dfinal_stride_d, dfinal_stride_w, dstate, d0, D, start, end, L,
+    W: tl.constexpr, BD: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """A tile of one run, the first W-1 tokens of a sequence. The tensors point at its batch entry and its rows."""
+    dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    channel = d0 + tl.arange(0, BD)
+    taps, offset = _load_weight(
+        weight, weight_stride_d, weight_stride_w, bias, bias_stride, channel, D, W, dtype
+    )
+    live = channel < D
+    channel = channel.to(tl.int64)
+    time = start + tl.zeros_like(channel)
+    length = end - start + tl.zeros_like(channel)
+    dz = _load_run(dy + channel * dy_stride_d + time * dy_stride_t, dy_stride_t, time, live, L, 0, W - 1, 1, False, True)
+    if SILU:
+        x_at = x + channel * x_stride_d + time * x_stride_t
+        columns = _load_run(x_at, x_stride_t, time, live, L, 1 - W, 2 * W - 2, 1, False, True)
+        state_at = state + channel * state_stride_d
+    dzs = ()
+    for i in tl.static_range(W - 1):
+        d = dz[i]
+        if SILU:
+            seen = _taps(columns, W - 1 + i, 0, time - start + i, state_at, 0, state_stride_w, live, W, True)
+            d = _through_activation(d, _convolve(seen, taps, offset, W), SILU)
+        dzs = dzs + (tl.where(i < length, d, 0),)
+    for j in tl.static_range(W - 1):
+        gradient = tl.zeros_like(offset)
+        for i in tl.static_range(j + 1):  # token i sees column j of the state W-1+i-j steps back
+            gradient += taps[W - 1 + i - j] * dzs[i]
+        if dfinal_state is not None:  # the column is still in the final state of a short sequence
+            at = dfinal_state + channel * dfinal_stride_d + (j - length) * dfinal_stride_w
+            gradient += tl.load(at, mask=live & (length <= j), other=0).to(gradient.dtype)
+        tl.store(dstate + channel * (W - 1) + j, gradient.to(dstate.dtype.element_ty), mask=live)
+
+
+@triton.jit(do_not_specialize=["N", "L", "tiles", "time_blocks", "channel_blocks", "steps"])
+def _backward_kernel(
+    x,  # [B, D, L]
+    x_stride_b, x_stride_d, x_stride_t,
+    weight,  # [D, W]
+    weight_stride_d, weight_stride_w,
+    bias,  # [D] or None
+    bias_stride,
+    state,  # [N, D, W-1] or None
+    state_stride_n, state_stride_d, state_stride_w,
+    cu_seqlens,  # [N + 1] or None
+    dy,  # [B, D, L]
+    dy_stride_b, dy_stride_d, dy_stride_t,
+    dfinal_state,  # [N, D, W-1] or None
+    dfinal_stride_n, dfinal_stride_d, dfinal_stride_w,
+    dx,  # [B, D, L] or None
+    dx_stride_b, dx_stride_d, dx_stride_t,
+    partial,  # [B * time_blocks, W + 1, D]: sums of dweight, the latest input's tap first, and of dbias; or None
+    dstate,  # [N, D, W-1], contiguous, or None
+    N, D, L,
+    tiles,  # programs that work on tiles; the others work on states
+    time_blocks, channel_blocks,
+    steps,  # tiles behind one another that one program works on
+    W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, RUN: tl.constexpr, BS: tl.constexpr,
+    T_AXIS: tl.constexpr, VECTORS: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    pid = tl.program_id(0)
+    if pid < tiles:
+        b, block, channel_block = _program(pid, time_blocks, channel_blocks, T_AXIS)
+        row = b * time_blocks + block
+        b = b.to(tl.int64)
+        lane_time, channel = _lanes(T_AXIS, BT, BD, RUN)
+        channel = channel_block * BD + channel
+        taps, offset = _load_weight(
+            weight, weight_stride_d, weight_stride_w, bias, bias_stride, channel, D, W, dtype
+        )
+        live = tl.broadcast(channel < D, lane_time >= 0)[0]
+        channel = channel.to(tl.int64)
+        state_at = state
+        if state is not None:
+            state_at = state + channel * state_stride_d
+        dfinal_at = dfinal_state
+        if dfinal_state is not None:
+            dfinal_at = dfinal_state + channel * dfinal_stride_d
+        HALO: tl.constexpr = (W - 1 + RUN - 1) // RUN * RUN if VECTORS else W - 1
+        sums = ()
+        for _ in tl.static_range(W + 1):
+            sums = sums + (tl.zeros(live.shape, dtype),)
+        first = block.to(tl.int64) * steps
+        for tile in range(first, tl.minimum(first + steps, tl.cdiv(L, BT))):
+            t0 = tile * BT
+            time = t0 + lane_time
+            x_at = x + b * x_stride_b + channel * x_stride_d + time * x_stride_t
+            dy_at = dy + b * dy_stride_b + channel * dy_stride_d + time * dy_stride_t
+            dx_at = dx
+            if dx is not None:
+                dx_at = dx + b * dx_stride_b + channel * dx_stride_d + time * dx_stride_t
+            inside, low, high = _neighbourhood(cu_seqlens, t0, b, N, L, HALO, BT + HALO)
+            if inside:
+                sums = _backward_tile(
+                    x_at, x_stride_t, dy_at, dy_stride_t, dx_at, dx_stride_t, taps, offset,
+                    state_at, state_stride_n, state_stride_w, dfinal_at, dfinal_stride_n, dfinal_stride_w, cu_seqlens,
+                    time, live, low, high, L, sums, W, RUN, VECTORS, SILU, partial is not None, False,
+                )  # fmt: skip
+            else:
+                sums = _backward_tile(
+                    x_at, x_stride_t, dy_at, dy_stride_t, dx_at, dx_stride_t, taps, offset,
+                    state_at, state_stride_n, state_stride_w, dfinal_at, dfinal_stride_n, dfinal_stride_w, cu_seqlens,
+                    time, live, low, high, L, sums, W, RUN, VECTORS, SILU, partial is not None, True,
+                )  # fmt: skip
+        if partial is not None:
+            at = partial + row.to(tl.int64) * (W + 1) * D + channel_block * BD + tl.arange(0, BD)
+            for s in tl.static_range(W + 1):
+                tl.store(at + s * D, tl.sum(sums[s], T_AXIS), mask=channel_block * BD + tl.arange(0, BD) < D)
+    elif dstate is not None:
+        state_blocks = tl.cdiv(D, BS)
+        n = ((pid - tiles) // state_blocks).to(tl.int64)
+        d0 = (pid - tiles) % state_blocks * BS
+        start = n * 0
+        end = start + L
+        row = n
+        if cu_seqlens is not None:
+            start, length = sequence_bounds(cu_seqlens, n, L)
+            end = start + length
+            row = n * 0
+        dfinal_at = dfinal_state
+        if dfinal_state is not None:
+            dfinal_at = dfinal_state + n * dfinal_stride_n
+        _initial_state_gradient(
+            x + row * x_stride_b, x_stride_d, x_stride_t, dy + row * dy_stride_b, dy_stride_d, dy_stride_t,
+            weight, weight_stride_d, weight_stride_w, bias, bias_stride,
+            state + n * state_stride_n, state_stride_d, state_stride_w, dfinal_at, dfinal_stride_d, dfinal_stride_w,
+            dstate + n * D * (W - 1), d0, D, start, end, L, W, BS, SILU,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _reduce_kernel(
+    partial,  # [rows, W + 1, D], see _backward_kernel
+    dweight,  # [D, W], contiguous, or None
+    dbias,  # [D] or None
+    rows, D,
+    W: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """dweight and dbias: the sum of the partial sums, BR lanes of rows added in order, then the lanes."""
+    s = tl.program_id(1)  # steps back, W for the bias
+    channel = tl.program_id(0) * BD + tl.arange(0, BD)
+    sums = tl.zeros([BR, BD], partial.dtype.element_ty)
+    for first in range(0, rows, BR):
+        row = (first + tl.arange(0, BR)).to(tl.int64)[:, None]
+        at = partial + (row * (W + 1) + s) * D + channel[None, :]
+        sums += tl.load(at, mask=(row < rows) & (channel[None, :] < D), other=0)
+    total = tl.sum(sums, 0)
+    if s < W:
+        if dweight is not None:
+            at = dweight + channel.to(tl.int64) * W + (W - 1 - s)
+            tl.store(at, total.to(dweight.dtype.element_ty), mask=channel < D)
+    elif dbias is not None:
+        tl.store(dbias + channel, total.to(dbias.dtype.element_ty), mask=channel < D)
+
+
+# ------------------------------------------------------------------------------------------------- step
+
+
+@triton.jit
+def _step_kernel(
+    x,  # [B, D]
+    x_stride_b, x_stride_d,
+    weight,  # [D, W]
+    weight_stride_d, weight_stride_w,
+    bias,  # [D] or None
+    bias_stride,
+    state,  # [slots, D, W-1], shifted in place
+    state_stride_n, state_stride_d, state_stride_w,
+    state_indices,  # [B] or None
+    state_indices_stride,
+    y,  # [B, D], contiguous
+    D, slots,
+    W: tl.constexpr, BD: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(D, BD)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    channel = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
+    live = channel < D
+    slot = b
+    if state_indices is not None:
+        slot = tl.load(state_indices + b * state_indices_stride).to(tl.int64)
+    y_at = y + b * D + channel
+    if (slot >= 0) & (slot < slots):
+        dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+        taps, z = _load_weight(weight, weight_stride_d, weight_stride_w, bias, bias_stride, channel, D, W, dtype)
+        channel = channel.to(tl.int64)
+        now = tl.load(x + b * x_stride_b + channel * x_stride_d, mask=live, other=0).to(dtype)
+        z += taps[0] * now
+        at = state + slot * state_stride_n + channel * state_stride_d
+        inputs = ()
+        for j in tl.static_range(W - 1):
+            inputs = inputs + (tl.load(at + j * state_stride_w, mask=live, other=0),)
+            z += taps[W - 1 - j] * inputs[j].to(dtype)
+        inputs = inputs + (now.to(state.dtype.element_ty),)
+        tl.debug_barrier()  # a column is overwritten only when every thread has read it
+        for j in tl.static_range(W - 1):
+            tl.store(at + j * state_stride_w, inputs[j + 1], mask=live)
+        tl.store(y_at, _activate(z, SILU).to(y.dtype.element_ty), mask=live)
+    else:
+        tl.store(y_at, tl.zeros([BD], y.dtype.element_ty), mask=live)
+
+
+# -------------------------------------------------------------------------------------------- launchers
+
+
+def why_not(device: str, dtype: torch.dtype, *sizes: int) -> str | None:
+    """The reason why this backend cannot run, or None."""
+    return _why_not_here(device)
+
+
+def _time_is_fast(x: torch.Tensor) -> bool:
+    """Whether neighbours in memory are neighbours in time; else they are neighbouring channels."""
+    return x.stride(1) != 1 or (x.stride(2) == 1 and x.shape[2] > 1)
+
+
+def _empty_with_layout(x: torch.Tensor) -> torch.Tensor:
+    B, D, L = x.shape
+    return x.new_empty(B, D, L) if _time_is_fast(x) else x.new_empty(B, L, D).transpose(1, 2)
+
+
+def _strides(x: torch.Tensor | None, count: int) -> tuple[int, ...]:
+    """Strides, 0 where a dimension has one element: kernels are compiled for what divides a stride."""
+    return (0,) * count if x is None else tuple(s if n > 1 else 0 for s, n in zip(x.stride(), x.shape, strict=True))
+
+
+def _config_for(kind: str, x: torch.Tensor, W: int) -> tuple[_config.LaunchConfig, dict]:
+    """The row of the table, and the constants of the kernel that follow from x's layout."""
+    time_is_fast = _time_is_fast(x)
+    run = VECTOR_BYTES // x.element_size()
+    vectors = time_is_fast and x.stride(2) == 1 and x.shape[2] % run == 0
+    config = _config.causal_conv1d(kind, time_is_fast, vectors, x.shape[1], W, x.dtype, arch())
+    constants = {"W": W, "BT": config.BT, "BD": config.BD, "RUN": run if vectors else RUN, "BS": STATE_CHANNELS}
+    return config, constants | {"T_AXIS": int(time_is_fast), "VECTORS": vectors}
+
+
+def forward(x, weight, bias, initial_state, cu_seqlens, *, activation):
+    """(y, final_state)."""
+    B, D, L = x.shape
+    W = weight.shape[1]
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    y = _empty_with_layout(x)
+    final_state = x.new_empty(N, D, W - 1, dtype=torch.promote_types(x.dtype, torch.float32))
+    if N == 0:
+        return y.zero_(), final_state
+    config, constants = _config_for("forward", x, W)
+    time_blocks, channel_blocks = triton.cdiv(L, config.BT), triton.cdiv(D, config.BD)
+    tiles = B * time_blocks * channel_blocks
+    programs = tiles + (N * triton.cdiv(D, STATE_CHANNELS) if W > 1 else 0)
+    if programs:
+        with on_device(x):
+            _forward_kernel[(programs,)](
+                x, *_strides(x, 3), weight, *_strides(weight, 2), bias, *_strides(bias, 1),
+                initial_state, *_strides(initial_state, 3), cu_seqlens, y, *_strides(y, 3), final_state,
+                N, D, L, tiles, time_blocks, channel_blocks, **constants, SILU=activation is not None, **config.options,
+            )  # fmt: skip
+    return y, final_state
+
+
+def backward(x, weight, bias, initial_state, cu_seqlens, dy, dfinal_state, *, activation, needs):
+    """Gradients of x, weight, bias and initial_state, None where `needs` is False."""
+    B, D, L = x.shape
+    W = weight.shape[1]
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    need_x, need_weight, need_bias, need_state = needs
+    dx = _empty_with_layout(x) if need_x else None
+    dweight = weight.new_empty(D, W) if need_weight else None
+    dbias = bias.new_empty(D) if need_bias else None
+    dstate = initial_state.new_empty(N, D, W - 1) if need_state else None
+    grads = [dx, dweight, dbias, dstate]
+    if N == 0:
+        return [d if d is None else d.zero_() for d in grads]
+
+    config, constants = _config_for("backward", x, W)
+    channel_blocks = triton.cdiv(D, config.BD)
+    time_tiles = triton.cdiv(L, config.BT) if need_x or need_weight or need_bias else 0
+    # Programs that go through many tiles leave few partial sums; enough of them are left to fill the device.
+    steps = max(1, min(MAX_STEPS, B * time_tiles * channel_blocks // (FILL * multiprocessors(x))))
+    time_blocks = triton.cdiv(time_tiles, steps)
+    partial = None
+    if need_weight or need_bias:
+        accumulator = torch.promote_types(x.dtype, torch.float32)
+        partial = x.new_empty(B * time_blocks, W + 1, D, dtype=accumulator)
+    tiles = B * time_blocks * channel_blocks
+    programs = tiles + (N * triton.cdiv(D, STATE_CHANNELS) if need_state and W > 1 else 0)
+    with on_device(x):
+        if programs:
+            _backward_kernel[(programs,)](
+                x, *_strides(x, 3), weight, *_strides(weight, 2), bias, *_strides(bias, 1),
+                initial_state, *_strides(initial_state, 3), cu_seqlens, dy, *_strides(dy, 3),
+                dfinal_state, *_strides(dfinal_state, 3), dx, *_strides(dx, 3), partial, dstate,
+                N, D, L, tiles, time_blocks, channel_blocks, steps, **constants, SILU=activation is not None,
+                **config.options,
+            )  # fmt: skip
+        if partial is not None:
+            config = _config.causal_conv1d_reduce(arch())
+            _reduce_kernel[(triton.cdiv(D, config.BD), W + 1)](
+                partial, dweight, dbias, partial.shape[0], D, W=W, BR=config.BT, BD=config.BD, **config.options
+            )  # fmt: skip
+    return grads
+
+
+def step(x, weight, bias, *, state, activation, state_indices):
+    """y; `state` is written in place."""
+    B, D = x.shape
+    y = x.new_empty(B, D)
+    if B == 0:
+        return y
+    config = _config.causal_conv1d_step(D, arch())
+    with on_device(x):
+        _step_kernel[(B * triton.cdiv(D, config.BD),)](
+            x, *_strides(x, 2), weight, *_strides(weight, 2), bias, *_strides(bias, 1), state, *_strides(state, 3),
+            state_indices, *_strides(state_indices, 1), y, D, state.shape[0],
+            W=weight.shape[1], BD=config.BD, SILU=activation is not None, **config.options,
+        )  # fmt: skip
+    return y
