@@ -312,9 +312,7 @@ def _forward_kernel(
         time, channel = _lanes(T_AXIS, BT, BD, RUN)
         time = t0 + time
         channel = channel_block * BD + channel
-        taps, offset = _load_weight(
-            weight, weight_stride_d, weight_stride_w, bias, bias_stride, channel, D, W, dtype
-        )
+        taps, offset = _load_weight(weight, weight_stride_d, weight_stride_w, bias, bias_stride, channel, D, W, dtype)
         live = tl.broadcast(channel < D, time >= 0)[0]
         channel = channel.to(tl.int64)
         x_at = x + b * x_stride_b + channel * x_stride_d + time * x_stride_t
@@ -412,14 +410,14 @@ def _initial_state_gradient(
     """A tile of one run, the first W-1 tokens of a sequence. The tensors point at its batch entry and its rows."""
     dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     channel = d0 + tl.arange(0, BD)
-    taps, offset = _load_weight(
-        weight, weight_stride_d, weight_stride_w, bias, bias_stride, channel, D, W, dtype
-    )
+    taps, offset = _load_weight(weight, weight_stride_d, weight_stride_w, bias, bias_stride, channel, D, W, dtype)
     live = channel < D
     channel = channel.to(tl.int64)
     time = start + tl.zeros_like(channel)
     length = end - start + tl.zeros_like(channel)
-    dz = _load_run(dy + channel * dy_stride_d + time * dy_stride_t, dy_stride_t, time, live, L, 0, W - 1, 1, False, True)
+    dz = _load_run(
+        dy + channel * dy_stride_d + time * dy_stride_t, dy_stride_t, time, live, L, 0, W - 1, 1, False, True
+    )
     if SILU:
         x_at = x + channel * x_stride_d + time * x_stride_t
         columns = _load_run(x_at, x_stride_t, time, live, L, 1 - W, 2 * W - 2, 1, False, True)
@@ -475,9 +473,7 @@ def _backward_kernel(
         b = b.to(tl.int64)
         lane_time, channel = _lanes(T_AXIS, BT, BD, RUN)
         channel = channel_block * BD + channel
-        taps, offset = _load_weight(
-            weight, weight_stride_d, weight_stride_w, bias, bias_stride, channel, D, W, dtype
-        )
+        taps, offset = _load_weight(weight, weight_stride_d, weight_stride_w, bias, bias_stride, channel, D, W, dtype)
         live = tl.broadcast(channel < D, lane_time >= 0)[0]
         channel = channel.to(tl.int64)
         state_at = state

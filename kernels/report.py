@@ -175,14 +175,22 @@ def describe(launch: _ahead_of_time.Launch) -> str:
 TILES = ("BT", "BK", "BV", "BD", "BN")
 
 
+def first_cause(error: BaseException) -> str:
+    """What a compiler complains of, without the places in the code that it came through."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")]
+    return lines[-1] if lines else type(error).__name__
+
+
 def compile_one(job: tuple[int, str, str, int]) -> dict:
     """Compile launch `number` of a case's pass, in a process of its own pool."""
     index, target, name, number = job
     launch = recorded(CASES[index], target)[name][number]
     try:
         compiled = launch.compile(target)
-    except Exception as error:  # noqa: BLE001 - whatever the compiler says belongs into the table
-        return {"error": str(error).strip() or type(error).__name__}
+    except Exception as error:
+        return {"error": first_cause(error)}
     return {
         "code": asdict(inspect(compiled)),
         "loads_and_multiplies": loop_loads_and_multiplies(compiled.asm["ttir"]),
@@ -232,7 +240,7 @@ TENSOR_CORES = {"HMMA", "HGMMA", "UTCHMMA"}
 def broken_rules(row: Row) -> list[str]:
     """A sentence for each rule that a compiled kernel breaks."""
     if row.error:
-        return [f"{row.where} does not compile: {row.error.splitlines()[-1]}"]
+        return [f"{row.where} does not compile: {row.error}"]
     code = MachineCode(**row.code)
     broken = []
     if code.shared > SHARED_LIMIT[row.target]:

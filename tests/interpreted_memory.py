@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass, field
 
 import numpy as np
+import pytest
 import torch
 from triton.runtime import interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -36,6 +37,24 @@ def fenced_allocations(monkeypatch):
         for name in ("new_empty", "new_zeros"):
             patch.setattr(torch.Tensor, name, wrap(getattr(torch.Tensor, name)))
         yield
+
+
+def far_apart(tensors: list[torch.Tensor], axis: int) -> list[torch.Tensor]:
+    """The same tensors with entry 2 of an axis more than 2^31 elements behind entry 0, so that an offset in 32 bits
+    overflows. They take gigabytes of address space, all in the same place, and a few pages of memory."""
+    stride = 2**30 + 64
+    views, used = [], 0
+    for x in tensors:
+        strides = list(x.contiguous().stride())
+        strides[axis] = stride
+        views.append((x, used, strides))
+        used += -(-x.numel() // 64) * 64
+    assert used < stride
+    try:
+        storage = torch.UntypedStorage(tensors[0].element_size() * (2 * stride + 2 * used))
+    except RuntimeError:
+        pytest.skip("this machine does not grant the address space")
+    return [torch.empty(0, dtype=x.dtype).set_(storage, at, x.shape, strides).copy_(x) for x, at, strides in views]
 
 
 def _addresses(x: torch.Tensor) -> np.ndarray:
@@ -94,7 +113,7 @@ def watched_memory():
     """Inside, launches in the interpreter are appended to the list that this yields. An access to anything but the
     elements of a tensor that the kernel was given raises before it happens."""
     launches = []
-    call = interpreter.GridExecutor.__call__
+    call, restore = interpreter.GridExecutor.__call__, interpreter.GridExecutor._restore_args_dev
     load = interpreter.InterpreterBuilder.create_masked_load
     store = interpreter.InterpreterBuilder.create_masked_store
 
@@ -116,11 +135,14 @@ def watched_memory():
         return store(self, pointers, value, mask, *rest, **options)
 
     interpreter.GridExecutor.__call__ = launch
+    # The interpreter copies every tensor's memory back from where it worked. On CPU tensors it worked in place.
+    interpreter.GridExecutor._restore_args_dev = lambda *args: None
     interpreter.InterpreterBuilder.create_masked_load = watched_load
     interpreter.InterpreterBuilder.create_masked_store = watched_store
     try:
         yield launches
     finally:
         interpreter.GridExecutor.__call__ = call
+        interpreter.GridExecutor._restore_args_dev = restore
         interpreter.InterpreterBuilder.create_masked_load = load
         interpreter.InterpreterBuilder.create_masked_store = store

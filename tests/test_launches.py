@@ -2,15 +2,10 @@
 """How many launches a call costs on a GPU, and how many bytes move: promises of the design, counted."""
 
 import pytest
-import torch
 from recorded_launches import recorded
-
-import fla_ops
-from fla_ops import _backend
 
 pytest.importorskip("triton")
 
-from interpreted_memory import watched_memory  # noqa: E402 - needs triton
 
 DELTA = {"K": 128, "V": 128, "g": True}
 
@@ -40,7 +35,12 @@ def test_launches():
 
 def test_no_grid_is_empty_or_too_wide():
     """A launch of no program is an error on a GPU, and the second and third axes of a grid end at 65,535."""
-    shapes = ({"T": 0}, {"B": 0}, {"B": 70_000, "T": 1, "K": 16, "V": 16, "H": 1}, {"H": 70_000, "B": 1, "T": 1, "K": 16, "V": 16})
+    shapes = (
+        {"T": 0},
+        {"B": 0},
+        {"B": 70_000, "T": 1, "K": 16, "V": 16, "H": 1},
+        {"H": 70_000, "B": 1, "T": 1, "K": 16, "V": 16},
+    )
     for passes in recorded(*(("delta_rule", "bfloat16", DELTA | shape) for shape in shapes)):
         for launches in passes.values():
             for launch in launches:

@@ -11,7 +11,7 @@ from fla_ops import _backend
 triton = pytest.importorskip("triton")
 tl = triton.language
 
-from interpreted_memory import fenced, fenced_allocations, watched_memory  # noqa: E402 - needs triton
+from interpreted_memory import far_apart, fenced, fenced_allocations, watched_memory  # noqa: E402 - needs triton
 
 
 def in_interpreter(op):
@@ -40,6 +40,44 @@ def test_a_dropped_mask_is_seen():
 def in_wider_rows(x):
     """x as columns of a tensor with NaN between its rows."""
     return torch.cat([x, torch.full_like(x, torch.nan)], -1)[..., : x.shape[-1]]
+
+
+@in_interpreter("delta_rule")
+@pytest.mark.parametrize("axis", range(3), ids=["batch", "token", "head"])
+def test_delta_rule_offsets_beyond_32_bits(axis):
+    shape = {"B": 3, "T": 1, "H": 1, "HV": 1} if axis == 0 else {"T": 3, "H": 1, "HV": 1} if axis == 1 else {"T": 2}
+    shape |= {"H": 3, "HV": 3} if axis == 2 else {}
+    x = random_inputs(**shape, K=16, V=16, dtype=torch.bfloat16, state=torch.bfloat16)
+    do, ds = random_cotangents(x)
+
+    def run(q, k, v, do):
+        leaf = [t.detach().requires_grad_() for t in (q, k, v, x["beta"], x["g"], x["initial_state"])]
+        o, final = fla_ops.delta_rule(*leaf[:5], initial_state=leaf[5], output_final_state=True, backend="triton")
+        return [o, final, *torch.autograd.grad([o, final], leaf, [do, ds])]
+
+    near = [x["q"], x["k"], x["v"], do]
+    expected = run(*near)
+    with watched_memory():
+        assert all(map(torch.equal, run(*far_apart(near, axis)), expected))
+
+
+@in_interpreter("delta_rule")
+@pytest.mark.parametrize("axis", range(3), ids=["sequence", "head", "key channel"])
+def test_states_beyond_32_bits(axis):
+    """The state's own strides, those of a step's pool too."""
+    x = random_inputs(B=3, T=1, H=3, HV=3, K=3, V=16, dtype=torch.bfloat16, state=torch.bfloat16)
+    tokens = [x[n] for n in TENSORS[:5]]
+
+    def run(state):
+        with torch.no_grad():
+            o, final = fla_ops.delta_rule(*tokens, initial_state=state, output_final_state=True, backend="triton")
+            step = fla_ops.delta_rule_step(*(t[:, 0] for t in tokens), state=state, backend="triton")
+        return [o, final, step, state]
+
+    (far,) = far_apart([x["initial_state"]], axis)
+    expected = run(x["initial_state"].clone())
+    with watched_memory():
+        assert all(map(torch.equal, run(far), expected))
 
 
 SHAPES = {
@@ -139,3 +177,24 @@ def test_causal_conv1d(monkeypatch, shape, packed):
     assert launches
     assert all(r.isfinite().all() for r in (y, final, x.grad, weight.grad, bias.grad, state.grad, stepped))
     assert not pool[1:4].any()
+
+
+@in_interpreter("causal_conv1d")
+@pytest.mark.parametrize("axis", range(3), ids=["batch", "channel", "token"])
+def test_causal_conv1d_offsets_beyond_32_bits(axis):
+    near = [torch.randn(3, 3, 3, dtype=torch.bfloat16) for _ in range(2)]
+    weight, state = torch.randn(3, 4), torch.randn(3, 3, 3)
+
+    def run(x, dy):
+        leaf = [t.detach().requires_grad_() for t in (x, weight, state)]
+        y, final = fla_ops.causal_conv1d(
+            *leaf[:2], initial_state=leaf[2], output_final_state=True, backend="triton", activation="silu"
+        )
+        grads = torch.autograd.grad([y, final], leaf, [dy, torch.ones_like(final)])
+        step = fla_ops.causal_conv1d_step(x[:, :, 0], weight, state=state.clone(), backend="triton")
+        return [y.detach(), final.detach(), *grads, step]
+
+    expected = run(*near)
+    with watched_memory():
+        for found, right in zip(run(*far_apart(near, axis)), expected, strict=True):
+            torch.testing.assert_close(found, right)
