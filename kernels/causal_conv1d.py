@@ -148,12 +148,13 @@ def _sequence_of(cu_seqlens, time, low, high):
 def _neighbourhood(cu_seqlens, t0, b, N, L, BACK: tl.constexpr, AHEAD: tl.constexpr):
     """(inside, low, high): whether tokens t0-BACK .. t0+AHEAD-1 are all of t0's sequence, and the sequences that the
     tokens from t0 on can belong to."""
-    if cu_seqlens is None:
-        return (t0 >= BACK) & (t0 + AHEAD <= L), b, b
-    low = _sequence_of(cu_seqlens, t0, b, b + N - 1)
-    high = _sequence_of(cu_seqlens, t0 + AHEAD - 1, b, b + N - 1)
-    start, length = sequence_bounds(cu_seqlens, low, L)
-    return (t0 - BACK >= start) & (t0 + AHEAD <= start + length), low, high
+    low, high, start, end = b, b, t0 * 0, L
+    if cu_seqlens is not None:
+        low = _sequence_of(cu_seqlens, t0, b, b + N - 1)
+        high = _sequence_of(cu_seqlens, t0 + AHEAD - 1, b, b + N - 1)
+        start, length = sequence_bounds(cu_seqlens, low, L)
+        end = start + length
+    return (t0 - BACK >= start) & (t0 + AHEAD <= end), low, high
 
 
 @triton.jit
@@ -162,13 +163,13 @@ def _place(cu_seqlens, time, low, high, L):
 
     A token of no sequence has age -1 and nothing left.
     """
-    if cu_seqlens is None:
-        live = (time >= 0) & (time < L)
-        return low, tl.where(live, time, -1), tl.where(live, L - time, 0)
-    n = _sequence_of(cu_seqlens, time, low, high)
-    start, length = sequence_bounds(cu_seqlens, n, L)
-    live = (time >= start) & (time < start + length)
-    return n, tl.where(live, time - start, -1), tl.where(live, start + length - time, 0)
+    n, start, end = low, time * 0, L
+    if cu_seqlens is not None:
+        n = _sequence_of(cu_seqlens, time, low, high)
+        start, length = sequence_bounds(cu_seqlens, n, L)
+        end = start + length
+    live = (time >= start) & (time < end)
+    return n, tl.where(live, time - start, -1), tl.where(live, end - time, 0)
 
 
 @triton.jit
@@ -235,10 +236,13 @@ def _lanes(T_AXIS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, RUN: tl.con
 @triton.jit
 def _program(pid, time_blocks, channel_blocks, T_AXIS: tl.constexpr):
     """(batch entry, block of time, block of channels): neighbouring programs are neighbours in memory."""
-    rows = time_blocks * channel_blocks
+    programs = time_blocks * channel_blocks
+    b = pid // programs
+    pid = pid % programs
     if T_AXIS == 1:
-        return pid // rows, pid % time_blocks, pid % rows // time_blocks
-    return pid // rows, pid % rows // channel_blocks, pid % channel_blocks
+        return b, pid % time_blocks, pid // time_blocks
+    else:
+        return b, pid // channel_blocks, pid % channel_blocks
 
 
 # ---------------------------------------------------------------------------------------------- forward
@@ -334,15 +338,15 @@ def _forward_kernel(
         d0 = (pid - tiles) % state_blocks * BS
         start = n * 0
         end = start + L
-        row = n
+        batch = n
         if cu_seqlens is not None:
             start, length = sequence_bounds(cu_seqlens, n, L)
             end = start + length
-            row = n * 0
-        state_at = state
+            batch = n * 0
+        states = state
         if state is not None:
-            state_at = state + n * state_stride_n
-        _final_state(x + row * x_stride_b, x_stride_d, x_stride_t, state_at, state_stride_d, state_stride_w,
+            states = state + n * state_stride_n
+        _final_state(x + batch * x_stride_b, x_stride_d, x_stride_t, states, state_stride_d, state_stride_w,
                      final_state + n * D * (W - 1), d0, D, start, end, W, BS)  # fmt: skip
 
 
@@ -518,18 +522,18 @@ def _backward_kernel(
         d0 = (pid - tiles) % state_blocks * BS
         start = n * 0
         end = start + L
-        row = n
+        batch = n
         if cu_seqlens is not None:
             start, length = sequence_bounds(cu_seqlens, n, L)
             end = start + length
-            row = n * 0
-        dfinal_at = dfinal_state
+            batch = n * 0
+        dfinals = dfinal_state
         if dfinal_state is not None:
-            dfinal_at = dfinal_state + n * dfinal_stride_n
+            dfinals = dfinal_state + n * dfinal_stride_n
         _initial_state_gradient(
-            x + row * x_stride_b, x_stride_d, x_stride_t, dy + row * dy_stride_b, dy_stride_d, dy_stride_t,
+            x + batch * x_stride_b, x_stride_d, x_stride_t, dy + batch * dy_stride_b, dy_stride_d, dy_stride_t,
             weight, weight_stride_d, weight_stride_w, bias, bias_stride,
-            state + n * state_stride_n, state_stride_d, state_stride_w, dfinal_at, dfinal_stride_d, dfinal_stride_w,
+            state + n * state_stride_n, state_stride_d, state_stride_w, dfinals, dfinal_stride_d, dfinal_stride_w,
             dstate + n * D * (W - 1), d0, D, start, end, L, W, BS, SILU,
         )  # fmt: skip
 
