@@ -78,3 +78,36 @@ def sequence_of_slot(cu_seqlens, slot, N, T, ROWS):
         else:
             high = middle - 1
     return low
+
+
+@triton.jit
+def tile_source(base, rows, stride, columns, BT: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
+    """What `load_tile` reads [BT, BD] tiles from: a tensor descriptor, whose bounds make zeros, or a pointer."""
+    if TMA:
+        return tl.make_tensor_descriptor(base, [tl.maximum(rows, 1), columns], [stride, 1], [BT, BD])
+    else:
+        return base
+
+
+@triton.jit
+def load_tile(source, first, rows, stride, columns, BT: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
+    """Rows [first, first + BT) of a source; zeros outside of [0, rows) x [0, columns)."""
+    if TMA:
+        return source.load([first, 0])
+    else:
+        row = first + tl.arange(0, BT)
+        column = tl.arange(0, BD)
+        at = row.to(tl.int64)[:, None] * stride + column[None, :]
+        return tl.load(source + at, mask=(row < rows)[:, None] & (column < columns)[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(target, x, first, rows, stride, columns, BT: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
+    """Write x [BT, BD] to rows [first, first + rows) of a target made by `tile_source`, columns [0, columns)."""
+    if TMA:
+        target.store([first, 0], x)
+    else:
+        row = tl.arange(0, BT)
+        column = tl.arange(0, BD)
+        at = (first + row).to(tl.int64)[:, None] * stride + column[None, :]
+        tl.store(target + at, x, mask=(row < rows)[:, None] & (column < columns)[None, :])

@@ -1,0 +1,857 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients of the delta rule: five launches, of which one walks the sequence.
+
+Names of `delta_rule_prepare.py` (M without beta on its columns here) and of the forward; for a chunk with entry state S0,
+X the new values, dS1 the gradient of its exit state (reference/delta_rule.md derives it):
+
+    prepare   M, P and the row factors a, b, c again                                           parallel over chunks
+    replay    S0 and X = M (beta (V - a (K S0))) from the saved states                         parallel over saved states
+    reverse   dX = P^T dO + c (K dS1)    dR = M^T dX    dV = beta dR                           walks the sequence
+              dS0 = decay dS1 + Q^T (b dO) - K^T (a dV)
+    queries   dQ = b (dO S0^T) + W K            W = scale r_q r_k Gamma o (dO X^T)             parallel over chunks
+    keys      dK = c (X dS1^T) + W^T Q - beta a (dR S0^T) + (B + B^T) K                        parallel over chunks
+              B = -r_k r_k beta_i Gamma o strictLower(dR X^T)
+              dbeta = rowsum(dR o V) - a k . (dR S0^T) + rowsum(B o K K^T) / beta
+              dg_m = sum over i >= m > j of (dO X^T o P + B o K K^T)_ij                        paths inside the chunk
+                   + sum over i >= m of (b q . (dO S0^T) - beta a k . (dR S0^T))_i             from its start
+                   + sum over j < m of (c k . (X dS1^T))_j + decay <dS1, S0>                   to its end
+
+dg adds path by path: no large terms cancel, and every path over a token with g = -inf carries a factor 0. With qk_l2norm
+the row factors hold the norms and a row x of q or k ends with dx -= x (x . dx) / |x|^2. K is never cut inside the last two
+kernels; a group's value heads are added in float32 by one program, in order.
+
+States, sums and row factors are float32 (float64 for float64); S0, X, dR and dS1 go between the launches in the input
+dtype. Workspace a token and value head, in elements of that dtype: 2 K V / BT (S0, dS1) + 2 V (X, dR) + 2 BT (M, P), and 4
+float32 (a, b, c and the queries' part of dg): 1,808 bytes at K = V = 128, BT = 64 in bfloat16.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ._config import CHECKPOINT, delta_rule_forward_config
+from ._launch import allow_descriptors, arch, on_device, precision
+from ._tiles import cast, dot, first_slot, load_tile, not_finite, sequence_bounds, sequence_of_slot, store_tile, tile_source
+from .delta_rule import _first_of, _segment, _zero_rows
+from .delta_rule_prepare import alignment, chunk_slots, power_of_two, prepare
+
+
+@triton.jit
+def _with_nan(x, source, LATER: tl.constexpr, PRECISION: tl.constexpr):
+    """x with NaN, column by column, in the rows where `source` is not finite and in all rows behind or before them."""
+    row = tl.arange(0, x.shape[0])
+    reach = row[:, None] >= row[None, :] if LATER else row[:, None] <= row[None, :]
+    bad = tl.where(not_finite(source), 1.0, 0.0).to(source.dtype)
+    count = dot(tl.where(reach, 1.0, 0.0).to(source.dtype), bad, None, PRECISION)
+    return tl.where(count > 0, float("nan"), x)
+
+
+@triton.jit
+def _finite(x):
+    return tl.where(not_finite(x), 0.0, x)
+
+
+@triton.jit
+def _replay(
+    S,  # [BK, BV]: the state entering chunk `first`
+    k,  # sources, row 0 being the sequence's first token
+    v,
+    M,  # sources, row 0 being the sequence's first chunk; from chunk to chunk it is HV * BT rows
+    beta,  # pointers to the sequence's first token or chunk
+    factors,
+    decay,
+    S0,
+    X,
+    first,  # chunks [first, last)
+    last,
+    length,
+    k_t,
+    v_t,
+    beta_t,
+    factor_step,
+    HV,
+    columns,  # live value columns of this block
+    K: tl.constexpr,
+    V: tl.constexpr,
+    ROWS: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    DTYPE: tl.constexpr,  # of the products' operands
+    CAREFUL: tl.constexpr,
+    STAGES: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The state behind the chunks; writes every chunk's entry state and new values. CAREFUL as in `_walk_back`."""
+    row = tl.arange(0, BT)
+    for chunk in tl.range(first, last, num_stages=STAGES):
+        token = chunk * ROWS
+        end = tl.minimum(length, token + ROWS)
+        live = token + row < end
+        k_tile = load_tile(k, token, end, k_t, K, BT, BK, TMA)
+        v_tile = load_tile(v, token, end, v_t, columns, BT, BV, TMA)
+        M_tile = load_tile(M, chunk * HV * BT, last * HV * BT, BT, BT, BT, BT, TMA)
+        a = tl.load(factors + token + row, mask=live, other=0.0)
+        c = tl.load(factors + token + row + 2 * factor_step, mask=live, other=0.0)
+        rate = tl.load(beta + (token + row).to(tl.int64) * beta_t, mask=live, other=0.0).to(S.dtype)
+        total = tl.load(decay + tl.cast(chunk, tl.int64) * HV)
+
+        low = cast(S, DTYPE)
+        store_tile(S0, low, chunk * HV * K, K, V, columns, BK, BV, TMA)
+        R = cast((v_tile - dot(k_tile, low, None, PRECISION) * a[:, None]) * rate[:, None], DTYPE)
+        if CAREFUL:
+            x = dot(M_tile, _finite(R), None, PRECISION)
+            x = _with_nan(x, R, True, PRECISION)
+        else:
+            x = dot(M_tile, R, None, PRECISION)
+        store_tile(X, cast(x, DTYPE), chunk * HV * BT, BT, V, columns, BT, BV, TMA)
+        S = dot(tl.trans(k_tile), cast(x * c[:, None], DTYPE), S * total, PRECISION)
+    return S
+
+
+@triton.jit(do_not_specialize=["T", "N", "factor_step", "k_b", "v_b", "beta_b"])
+def replay_kernel(
+    k,  # [B, T, H, K]
+    v,  # [B, T, HV, V]
+    beta,  # [B, T, HV]
+    M,  # [slots, HV, BT, BT], without beta
+    factors,  # [3, B, HV, T]: a, b, c
+    decay,  # [slots, HV]
+    states,  # [checkpoint slots, HV, K, V]
+    S0,  # [slots, HV, K, V]: the state entering each chunk
+    X,  # [slots, HV, BT, V]: new values
+    cu_seqlens,  # [N + 1] or None
+    T,
+    N,
+    group,  # HV // H
+    factor_step,  # B * HV * T
+    k_b,
+    k_t,
+    k_h,
+    v_b,
+    v_t,
+    v_h,
+    beta_b,
+    beta_t,
+    beta_h,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    ROWS: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    ALIGN: tl.constexpr,  # the batch strides of k and v are multiples of this
+    CHECKPOINT: tl.constexpr,  # chunks from one saved state to the next
+    STAGES: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    blocks: tl.constexpr = (V + BV - 1) // BV
+    slot = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    head = tl.program_id(1).to(tl.int64)
+    HV = tl.num_programs(1)
+    n, batch, start, length, part = _segment(slot, cu_seqlens, N, T, CHECKPOINT * ROWS, True)
+    chunks = tl.cdiv(length, ROWS)
+    first = part * CHECKPOINT
+    last = tl.minimum(first + CHECKPOINT, chunks)
+    if first >= chunks:
+        return
+
+    columns = V - block * BV
+    at = _first_of(cu_seqlens, n, start, T, ROWS) * HV + head
+    k += tl.multiple_of(batch * k_b, ALIGN) + start * k_t + (head // group) * k_h
+    v += tl.multiple_of(batch * v_b, ALIGN) + start * v_t + head * v_h + block * BV
+    beta += batch * beta_b + start * beta_t + head * beta_h
+    factors += (batch * HV + head) * T + start
+    decay += at
+    k_source = tile_source(k, length, k_t, K, BT, BK, TMA)
+    v_source = tile_source(v, length, v_t, columns, BT, BV, TMA)
+    M_source = tile_source(M + at * (BT * BT), chunks * HV * BT, BT, BT, BT, BT, TMA)
+    S0_target = tile_source(S0 + at * (K * V) + block * BV, chunks * HV * K, V, columns, BK, BV, TMA)
+    X_target = tile_source(X + at * (BT * V) + block * BV, chunks * HV * BT, V, columns, BT, BV, TMA)
+    states += (tl.cast(slot, tl.int64) * HV + head) * (K * V) + block * BV
+
+    S = load_tile(states, 0, K, V, columns, BK, BV, False)
+    S = _replay(
+        S, k_source, v_source, M_source, beta, factors, decay, S0_target, X_target, first, last, length, k_t, v_t,
+        beta_t, factor_step, HV, columns, K, V, ROWS, BT, BK, BV, k.dtype.element_ty, False, STAGES, TMA, PRECISION,
+    )  # fmt: skip
+    if tl.sum(tl.sum(not_finite(S).to(tl.int32), 1), 0) > 0:
+        S = load_tile(states, 0, K, V, columns, BK, BV, False)
+        _replay(
+            S, k_source, v_source, M_source, beta, factors, decay, S0_target, X_target, first, last, length, k_t, v_t,
+            beta_t, factor_step, HV, columns, K, V, ROWS, BT, BK, BV, k.dtype.element_ty, True, 1, TMA, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def _walk_back(
+    ds,  # [BK, BV]: the gradient of the state behind chunk last - 1
+    q,  # sources, row 0 being the sequence's first token
+    k,
+    do,
+    M,  # sources, row 0 being the sequence's first chunk; from chunk to chunk it is HV * BT rows
+    P,
+    beta,  # pointers to the sequence's first token or chunk
+    factors,
+    decay,
+    dv,
+    dR,
+    dS,
+    first,  # chunks [first, last)
+    last,
+    length,
+    q_t,
+    k_t,
+    do_t,
+    beta_t,
+    factor_step,
+    HV,
+    columns,  # live value columns of this block
+    K: tl.constexpr,
+    V: tl.constexpr,
+    ROWS: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    DTYPE: tl.constexpr,  # of the products' operands
+    CAREFUL: tl.constexpr,
+    STAGES: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The gradient of the state entering chunk `first`.
+
+    A product multiplies by the zeros of a triangle too, which carries what is not finite to later tokens of its chunk.
+    It cannot go unseen, since it stays in the gradient of the state: callers look at the result, and walk again with
+    CAREFUL where it is not finite. This keeps such rows out of the products.
+    """
+    row = tl.arange(0, BT)
+    for back in tl.range(0, last - first, num_stages=STAGES):
+        chunk = last - 1 - back
+        token = chunk * ROWS
+        slot = tl.cast(chunk, tl.int64) * HV
+        live = row < tl.minimum(length - token, ROWS)
+        end = tl.minimum(length, token + ROWS)
+        q_tile = load_tile(q, token, end, q_t, K, BT, BK, TMA)
+        k_tile = load_tile(k, token, end, k_t, K, BT, BK, TMA)
+        do_tile = load_tile(do, token, end, do_t, columns, BT, BV, TMA)
+        M_tile = load_tile(M, chunk * HV * BT, last * HV * BT, BT, BT, BT, BT, TMA)
+        P_tile = load_tile(P, chunk * HV * BT, last * HV * BT, BT, BT, BT, BT, TMA)
+        a = tl.load(factors + token + row, mask=live, other=0.0)
+        b = tl.load(factors + token + row + factor_step, mask=live, other=0.0)
+        c = tl.load(factors + token + row + 2 * factor_step, mask=live, other=0.0)
+        rate = tl.load(beta + (token + row).to(tl.int64) * beta_t, mask=live, other=0.0).to(ds.dtype)
+        total = tl.load(decay + slot)
+
+        low = cast(ds, DTYPE)
+        if dS is not None:
+            store_tile(dS, low, chunk * HV * K, K, V, columns, BK, BV, TMA)
+        dx = dot(k_tile, low, None, PRECISION) * c[:, None]
+        if CAREFUL:
+            dx = dot(tl.trans(P_tile), _finite(do_tile), dx, PRECISION)
+            dx = cast(_with_nan(dx, do_tile, False, PRECISION), DTYPE)
+            dr = dot(tl.trans(M_tile), _finite(dx), None, PRECISION)
+            dr = _with_nan(dr, dx, False, PRECISION)
+        else:
+            dx = dot(tl.trans(P_tile), do_tile, dx, PRECISION)
+            dr = dot(tl.trans(M_tile), cast(dx, DTYPE), None, PRECISION)
+        if dR is not None:
+            store_tile(dR, cast(dr, DTYPE), chunk * HV * BT, BT, V, columns, BT, BV, TMA)
+        dr = dr * rate[:, None]
+        if dv is not None:
+            store_tile(dv, cast(dr, DTYPE), token, end - token, HV * V, columns, BT, BV, TMA)
+        ds = dot(tl.trans(q_tile), cast(do_tile * b[:, None], DTYPE), ds * total, PRECISION)
+        ds = dot(tl.trans(k_tile), cast(dr * -a[:, None], DTYPE), ds, PRECISION)
+    return ds
+
+
+@triton.jit
+def _zero_or(
+    states, n, head, HV, block, columns, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """A block of columns of the state of sequence n and this head, zero if `states` is None."""
+    S = tl.zeros((BK, BV), DTYPE)
+    if states is not None:
+        S += load_tile(states + (n * HV + head) * (K * V) + block * BV, 0, K, V, columns, BK, BV, False).to(DTYPE)
+    return S
+
+
+@triton.jit(do_not_specialize=["T", "N", "factor_step", "q_b", "k_b", "beta_b", "do_b"])
+def reverse_kernel(
+    q,  # [B, T, H, K]
+    k,  # [B, T, H, K]
+    beta,  # [B, T, HV]
+    do,  # [B, T, HV, V]
+    M,  # [slots, HV, BT, BT], without beta
+    P,  # [slots, HV, BT, BT]
+    factors,  # [3, B, HV, T]: a, b, c
+    decay,  # [slots, HV]
+    dfinal_state,  # [N, HV, K, V] or None
+    dv,  # [B, T, HV, V] or None
+    dR,  # [slots, HV, BT, V] or None
+    dS,  # [slots, HV, K, V] or None: the gradient of the state behind each chunk
+    dinitial_state,  # [N, HV, K, V] or None
+    cu_seqlens,  # [N + 1] or None
+    T,
+    N,
+    group,  # HV // H
+    factor_step,  # B * HV * T
+    q_b,
+    q_t,
+    q_h,
+    k_b,
+    k_t,
+    k_h,
+    beta_b,
+    beta_t,
+    beta_h,
+    do_b,
+    do_t,
+    do_h,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    ROWS: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    ALIGN: tl.constexpr,  # the batch strides of q, k and do are multiples of this
+    STAGES: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    blocks: tl.constexpr = (V + BV - 1) // BV
+    n = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    head = tl.program_id(1).to(tl.int64)
+    HV = tl.num_programs(1)
+    n, batch, start, length, _ = _segment(n, cu_seqlens, N, T, ROWS, False)
+    chunks = tl.cdiv(length, ROWS)
+    columns = V - block * BV
+    at = _first_of(cu_seqlens, n, start, T, ROWS) * HV + head
+    q += tl.multiple_of(batch * q_b, ALIGN) + start * q_t + (head // group) * q_h
+    k += tl.multiple_of(batch * k_b, ALIGN) + start * k_t + (head // group) * k_h
+    do += tl.multiple_of(batch * do_b, ALIGN) + start * do_t + head * do_h + block * BV
+    beta += batch * beta_b + start * beta_t + head * beta_h
+    factors += (batch * HV + head) * T + start
+    decay += at
+    q_source = tile_source(q, length, q_t, K, BT, BK, TMA)
+    k_source = tile_source(k, length, k_t, K, BT, BK, TMA)
+    do_source = tile_source(do, length, do_t, columns, BT, BV, TMA)
+    M_source = tile_source(M + at * (BT * BT), chunks * HV * BT, BT, BT, BT, BT, TMA)
+    P_source = tile_source(P + at * (BT * BT), chunks * HV * BT, BT, BT, BT, BT, TMA)
+    if dv is not None:
+        dv += (batch * T * HV + head) * V + block * BV
+        if cu_seqlens is not None:  # rows that no sequence covers
+            if n == 0:
+                _zero_rows(dv, 0, start, HV * V, columns, BT, BV)
+            if n == N - 1:
+                _zero_rows(dv, start + length, T, HV * V, columns, BT, BV)
+        dv = tile_source(dv + start * (HV * V), length, HV * V, columns, BT, BV, TMA)
+    if dR is not None:
+        dR = tile_source(dR + at * (BT * V) + block * BV, chunks * HV * BT, V, columns, BT, BV, TMA)
+    if dS is not None:
+        dS = tile_source(dS + at * (K * V) + block * BV, chunks * HV * K, V, columns, BK, BV, TMA)
+
+    ds = _zero_or(dfinal_state, n, head, HV, block, columns, K, V, BK, BV, factors.dtype.element_ty)
+    ds = _walk_back(
+        ds, q_source, k_source, do_source, M_source, P_source, beta, factors, decay, dv, dR, dS, 0, chunks, length,
+        q_t, k_t, do_t, beta_t, factor_step, HV, columns, K, V, ROWS, BT, BK, BV, k.dtype.element_ty, False, STAGES,
+        TMA, PRECISION,
+    )  # fmt: skip
+    if tl.sum(tl.sum(not_finite(ds).to(tl.int32), 1), 0) > 0:
+        ds = _zero_or(dfinal_state, n, head, HV, block, columns, K, V, BK, BV, factors.dtype.element_ty)
+        ds = _walk_back(
+            ds, q_source, k_source, do_source, M_source, P_source, beta, factors, decay, dv, dR, dS, 0, chunks, length,
+            q_t, k_t, do_t, beta_t, factor_step, HV, columns, K, V, ROWS, BT, BK, BV, k.dtype.element_ty, True, 1,
+            TMA, PRECISION,
+        )  # fmt: skip
+    if dinitial_state is not None:
+        ds = cast(ds, dinitial_state.dtype.element_ty)
+        store_tile(dinitial_state + (n * HV + head) * (K * V) + block * BV, ds, 0, K, V, columns, BK, BV, False)
+
+
+@triton.jit
+def _chunk(slot, cu_seqlens, N, T, ROWS: tl.constexpr):
+    """(sequence, batch row, first token, live rows) of a chunk's slot; live rows <= 0 where no chunk uses the slot."""
+    n, batch, start, length, chunk = _segment(slot, cu_seqlens, N, T, ROWS, True)
+    return batch, start + chunk * ROWS, tl.minimum(length - chunk * ROWS, ROWS)
+
+
+@triton.jit
+def _zero_uncovered(x, slot, cu_seqlens, N, T, row_stride, columns, ROWS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
+    """Zeros in the rows that no sequence covers: every slot looks after ROWS rows of [0, T)."""
+    row = slot * ROWS + tl.arange(0, BT)
+    before = row < tl.load(cu_seqlens).to(tl.int64)
+    behind = row >= tl.load(cu_seqlens + N).to(tl.int64)
+    mask = (before | behind) & (row < tl.minimum(slot * ROWS + ROWS, T))
+    column = tl.arange(0, BD)
+    at = row.to(tl.int64)[:, None] * row_stride + column[None, :]
+    tl.store(x + at, tl.zeros((BT, BD), x.dtype.element_ty), mask=mask[:, None] & (column < columns)[None, :])
+
+
+@triton.jit
+def _inverse_norm(x, QK_L2NORM: tl.constexpr, DTYPE: tl.constexpr):
+    """1 / |row| of x [BT, BK]; 1 without the norm."""
+    if QK_L2NORM:
+        x = x.to(DTYPE)
+        return 1 / tl.sqrt(tl.sum(x * x, 1) + 1e-6)
+    else:
+        return tl.full((x.shape[0],), 1.0, DTYPE)
+
+
+@triton.jit
+def _between(g, row, BT: tl.constexpr):
+    """e^{sum of g over the tokens behind the earlier and up to the later} of each pair of a chunk's rows, symmetric."""
+    down = tl.cumsum(tl.where(row[:, None] > row[None, :], g[:, None], 0.0), 0)
+    across = tl.cumsum(tl.where(row[:, None] < row[None, :], g[None, :], 0.0), 1)
+    return tl.exp(down + across)
+
+
+@triton.jit
+def _through_norm(dx, x, norm, QK_L2NORM: tl.constexpr):
+    """The gradient of a row x from dx = norm * that of norm * x."""
+    if QK_L2NORM:
+        wide = x.to(dx.dtype)
+        return dx - wide * (norm * norm * tl.sum(dx * wide, 1))[:, None]
+    else:
+        return dx
+
+
+@triton.jit(do_not_specialize=["T", "N", "factor_step", "q_b", "k_b", "do_b", "g_b", "scale"])
+def query_gradients_kernel(
+    q,  # [B, T, H, K]
+    k,  # [B, T, H, K]
+    do,  # [B, T, HV, V]
+    g,  # [B, T, HV] or None
+    factors,  # [3, B, HV, T]: a, b, c
+    S0,  # [slots, HV, K, V]
+    X,  # [slots, HV, BT, V]
+    dq,  # [B, T, H, K] or None
+    dg_start,  # [B, HV, T] or None: each token's own part of the sums from the chunk's start
+    cu_seqlens,  # [N + 1] or None
+    scale,
+    T,
+    N,
+    group,  # HV // H
+    factor_step,  # B * HV * T
+    q_b,
+    q_t,
+    q_h,
+    k_b,
+    k_t,
+    k_h,
+    do_b,
+    do_t,
+    do_h,
+    g_b,
+    g_t,
+    g_h,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    ROWS: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    ALIGN: tl.constexpr,  # the batch strides of q, k and do are multiples of this
+    QK_L2NORM: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    slot = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    H = tl.num_programs(1)
+    HV = H * group
+    compute = factors.dtype.element_ty
+    narrow = q.dtype.element_ty
+    batch, token, live, = _chunk(slot, cu_seqlens, N, T, ROWS)
+    if dq is not None:
+        dq += (batch * T * H + head) * K
+        if cu_seqlens is not None:
+            _zero_uncovered(dq, slot, cu_seqlens, N, T, H * K, K, ROWS, BT, BK)
+    if live <= 0:
+        return
+    row = tl.arange(0, BT)
+    q += tl.multiple_of(batch * q_b, ALIGN) + token * q_t + head * q_h
+    k += tl.multiple_of(batch * k_b, ALIGN) + token * k_t + head * k_h
+    q_tile = load_tile(q, 0, live, q_t, K, BT, BK, False)
+    q_norm = _inverse_norm(q_tile, QK_L2NORM, compute)
+    grad = tl.zeros((BT, BK), compute)
+    for hv in range(head * group, head * group + group):
+        at = tl.cast(slot, tl.int64) * HV + hv
+        do_at = do + tl.multiple_of(batch * do_b, ALIGN) + token * do_t + hv * do_h
+        state = tl.zeros((BT, BK), compute)
+        scores = tl.zeros((BT, BT), compute)
+        for first in tl.range(0, V, BV, num_stages=STAGES):
+            columns = V - first
+            do_tile = load_tile(do_at + first, 0, live, do_t, columns, BT, BV, False)
+            S_tile = load_tile(S0 + at * (K * V) + first, 0, K, V, columns, BK, BV, False)
+            X_tile = load_tile(X + at * (BT * V) + first, 0, BT, V, columns, BT, BV, False)
+            state = dot(do_tile, tl.trans(S_tile), state, PRECISION)
+            scores = dot(do_tile, tl.trans(X_tile), scores, PRECISION)
+        b = tl.load(factors + factor_step + (batch * HV + hv) * T + token + row, mask=row < live, other=0.0)
+        state = state * b[:, None]
+        if dg_start is not None:
+            own = tl.sum(state * load_tile(q, 0, live, q_t, K, BT, BK, False), 1)
+            tl.store(dg_start + (batch * HV + hv) * T + token + row, own, mask=row < live)
+        if dq is not None:
+            grad += state
+            k_tile = load_tile(k, 0, live, k_t, K, BT, BK, False)
+            if g is not None:
+                gate = tl.load(g + batch * g_b + (token + row) * g_t + hv * g_h, mask=row < live, other=0.0).to(compute)
+                scores = scores * _between(gate, row, BT)
+            scores = scores * (scale * q_norm[:, None] * _inverse_norm(k_tile, QK_L2NORM, compute)[None, :])
+            scores = tl.where(row[:, None] >= row[None, :], scores, 0.0)
+            grad = dot(cast(scores, narrow), k_tile, grad, PRECISION)
+    if dq is not None:
+        q_tile = load_tile(q, 0, live, q_t, K, BT, BK, False)
+        grad = cast(_through_norm(grad, q_tile, q_norm, QK_L2NORM), narrow)
+        store_tile(dq, grad, token, live, H * K, K, BT, BK, False)
+
+
+@triton.jit(do_not_specialize=["T", "N", "factor_step", "q_b", "k_b", "v_b", "do_b", "beta_b", "g_b", "scale"])
+def key_gradients_kernel(
+    q,  # [B, T, H, K]
+    k,  # [B, T, H, K]
+    v,  # [B, T, HV, V]
+    beta,  # [B, T, HV]
+    g,  # [B, T, HV] or None
+    do,  # [B, T, HV, V]
+    P,  # [slots, HV, BT, BT]
+    factors,  # [3, B, HV, T]: a, b, c
+    decay,  # [slots, HV]
+    S0,  # [slots, HV, K, V]
+    X,  # [slots, HV, BT, V]
+    dR,  # [slots, HV, BT, V]
+    dS,  # [slots, HV, K, V]
+    dg_start,  # [B, HV, T] or None, as the queries left it
+    dk,  # [B, T, H, K] or None
+    dbeta,  # [B, T, HV] or None
+    dg,  # [B, T, HV] or None
+    cu_seqlens,  # [N + 1] or None
+    scale,
+    T,
+    N,
+    group,  # HV // H
+    factor_step,  # B * HV * T
+    q_b,
+    q_t,
+    q_h,
+    k_b,
+    k_t,
+    k_h,
+    v_b,
+    v_t,
+    v_h,
+    beta_b,
+    beta_t,
+    beta_h,
+    g_b,
+    g_t,
+    g_h,
+    do_b,
+    do_t,
+    do_h,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    ROWS: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    ALIGN: tl.constexpr,  # the batch strides of q, k, v and do are multiples of this
+    QK_L2NORM: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Score matrices are [key's row, query's or later row] here: their product with rows needs no transposing."""
+    slot = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    H = tl.num_programs(1)
+    HV = H * group
+    compute = factors.dtype.element_ty
+    narrow = q.dtype.element_ty
+    batch, token, live = _chunk(slot, cu_seqlens, N, T, ROWS)
+    if dk is not None:
+        dk += (batch * T * H + head) * K
+    if dbeta is not None:
+        dbeta += batch * T * HV
+    if dg is not None:
+        dg += batch * T * HV
+    if cu_seqlens is not None:
+        if dk is not None:
+            _zero_uncovered(dk, slot, cu_seqlens, N, T, H * K, K, ROWS, BT, BK)
+        for hv in range(head * group, head * group + group):
+            if dbeta is not None:
+                _zero_uncovered(dbeta + hv, slot, cu_seqlens, N, T, HV, 1, ROWS, BT, 1)
+            if dg is not None:
+                _zero_uncovered(dg + hv, slot, cu_seqlens, N, T, HV, 1, ROWS, BT, 1)
+    if live <= 0:
+        return
+    row = tl.arange(0, BT)
+    alive = row < live
+    upper = row[:, None] < row[None, :]
+    lower = row[:, None] > row[None, :]
+    q += tl.multiple_of(batch * q_b, ALIGN) + token * q_t + head * q_h
+    k += tl.multiple_of(batch * k_b, ALIGN) + token * k_t + head * k_h
+    k_norm = _inverse_norm(load_tile(k, 0, live, k_t, K, BT, BK, False), QK_L2NORM, compute)
+    grad = tl.zeros((BT, BK), compute)
+    for hv in range(head * group, head * group + group):
+        at = tl.cast(slot, tl.int64) * HV + hv
+        do_at = do + tl.multiple_of(batch * do_b, ALIGN) + token * do_t + hv * do_h
+        v_at = v + tl.multiple_of(batch * v_b, ALIGN) + token * v_t + hv * v_h
+        line = (batch * HV + hv) * T + token + row
+        a = tl.load(factors + line, mask=alive, other=0.0)
+        c = tl.load(factors + line + 2 * factor_step, mask=alive, other=0.0)
+        rate = tl.load(beta + batch * beta_b + (token + row) * beta_t + hv * beta_h, mask=alive, other=0.0).to(compute)
+        if g is not None:
+            gate = tl.load(g + batch * g_b + (token + row) * g_t + hv * g_h, mask=alive, other=0.0).to(compute)
+            between = _between(gate, row, BT)
+        else:
+            between = tl.full((BT, BT), 1.0, compute)
+
+        # Through the chunk's exit state, and through P.
+        state = tl.zeros((BT, BK), compute)
+        scores = tl.zeros((BT, BT), compute)
+        for first in tl.range(0, V, BV, num_stages=STAGES):
+            columns = V - first
+            X_tile = load_tile(X + at * (BT * V) + first, 0, BT, V, columns, BT, BV, False)
+            do_tile = load_tile(do_at + first, 0, live, do_t, columns, BT, BV, False)
+            dS_tile = load_tile(dS + at * (K * V) + first, 0, K, V, columns, BK, BV, False)
+            state = dot(X_tile, tl.trans(dS_tile), state, PRECISION)
+            scores = dot(X_tile, tl.trans(do_tile), scores, PRECISION)
+        k_tile = load_tile(k, 0, live, k_t, K, BT, BK, False)
+        state = state * c[:, None]
+        if dg is not None:
+            to_end = tl.sum(state * k_tile, 1)
+            P_tile = tl.load(P + at * (BT * BT) + row[None, :] * BT + row[:, None])
+            paths = tl.where(upper, scores * P_tile, 0.0)
+        if dk is not None:
+            grad += state
+            q_tile = load_tile(q, 0, live, q_t, K, BT, BK, False)
+            q_norm = _inverse_norm(q_tile, QK_L2NORM, compute)
+            scores = tl.where(lower, 0.0, scores * between * (scale * k_norm[:, None] * q_norm[None, :]))
+            grad = dot(cast(scores, narrow), q_tile, grad, PRECISION)
+
+        # Through the chunk's entry state, and through the inverse.
+        state = tl.zeros((BT, BK), compute)
+        over = tl.zeros((BT, BT), compute)  # X dR^T
+        under = tl.zeros((BT, BT), compute)  # its transpose
+        dots = tl.zeros((BT,), compute)
+        for first in tl.range(0, V, BV, num_stages=STAGES):
+            columns = V - first
+            dR_tile = load_tile(dR + at * (BT * V) + first, 0, BT, V, columns, BT, BV, False)
+            X_tile = load_tile(X + at * (BT * V) + first, 0, BT, V, columns, BT, BV, False)
+            S_tile = load_tile(S0 + at * (K * V) + first, 0, K, V, columns, BK, BV, False)
+            state = dot(dR_tile, tl.trans(S_tile), state, PRECISION)
+            over = dot(X_tile, tl.trans(dR_tile), over, PRECISION)
+            under = dot(dR_tile, tl.trans(X_tile), under, PRECISION)
+            if dbeta is not None:
+                v_tile = load_tile(v_at + first, 0, live, v_t, columns, BT, BV, False)
+                dots += tl.sum(dR_tile.to(compute) * v_tile, 1)
+        state = state * a[:, None]
+        k_tile = load_tile(k, 0, live, k_t, K, BT, BK, False)
+        dots_state = tl.sum(state * k_tile, 1)
+        under = tl.where(lower, under * between, 0.0)
+        over = tl.where(upper, over * between * rate[None, :], 0.0)
+        if (dbeta is not None) or (dg is not None):
+            kk = dot(k_tile, tl.trans(k_tile), None, PRECISION) * (k_norm[:, None] * k_norm[None, :])
+        if dbeta is not None:
+            dots -= dots_state + tl.sum(under * kk, 1)
+            tl.store(dbeta + (token + row) * HV + hv, cast(dots, dbeta.dtype.element_ty), mask=alive)
+        if dg is not None:
+            start = tl.load(dg_start + line, mask=alive, other=0.0) - rate * dots_state
+            paths = tl.cumsum(paths - over * kk, 1, reverse=True)  # [j, m]: paths from j to m and later
+            paths = tl.sum(tl.where(upper, paths + to_end[:, None], start[:, None]), 0)
+            total = tl.load(decay + at)
+            across = tl.zeros((BK, ), compute)
+            for first in tl.range(0, V, BV, num_stages=STAGES):
+                columns = V - first
+                S_tile = load_tile(S0 + at * (K * V) + first, 0, K, V, columns, BK, BV, False)
+                dS_tile = load_tile(dS + at * (K * V) + first, 0, K, V, columns, BK, BV, False)
+                across += tl.sum(S_tile.to(compute) * dS_tile, 1)
+            paths += tl.where(total == 0, 0.0, total * tl.sum(across, 0))
+            tl.store(dg + (token + row) * HV + hv, cast(paths, dg.dtype.element_ty), mask=alive)
+        if dk is not None:
+            grad -= state * rate[:, None]
+            both = (under * rate[:, None] + over) * (k_norm[:, None] * -k_norm[None, :])
+            grad = dot(cast(both, narrow), k_tile, grad, PRECISION)
+    if dk is not None:
+        k_tile = load_tile(k, 0, live, k_t, K, BT, BK, False)
+        grad = cast(_through_norm(grad, k_tile, k_norm, QK_L2NORM), narrow)
+        store_tile(dk, grad, token, live, H * K, K, BT, BK, False)
+
+
+def _rows(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The kernels take any outer strides and need unit stride along the last dimension."""
+    return tuple(t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tensors)
+
+
+def backward(
+    q,
+    k,
+    v,
+    beta,
+    g,
+    initial_state,
+    cu_seqlens,
+    states,
+    do,
+    dfinal_state,
+    *,
+    scale,
+    qk_l2norm,
+    needs,
+    rows=None,
+):
+    """Gradients of q, k, v, beta, g and initial_state, None where `needs` is False. `rows` as in `forward`."""
+    B, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    need_q, need_k, need_v, need_beta, need_g, need_state = needs
+    compute = torch.promote_types(q.dtype, torch.float32)
+
+    def like(x, needed):
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device) if needed else None
+
+    dq, dk, dv, dbeta, dg = (like(x, n) for x, n in zip((q, k, v, beta, g), needs, strict=False))
+    dinitial_state = like(initial_state, need_state)
+    grads = [dq, dk, dv, dbeta, dg, dinitial_state]
+    if N == 0:
+        return [x if x is None else x.zero_() for x in grads]
+
+    config = delta_rule_forward_config(K, V, q.dtype, arch())
+    BT, BV, rows = config.BT, config.BV, rows or config.BT
+    q, k, v, do = _rows(q, k, v, do)
+    if dfinal_state is not None:
+        dfinal_state = dfinal_state.contiguous()
+    options = {"scale": scale, "qk_l2norm": qk_l2norm, "fold_beta": False, "BT": BT, "rows": rows}
+    M, P, factors, decay = prepare(q, k, beta, g, cu_seqlens, **options)
+    slots = chunk_slots(B, T, cu_seqlens, rows)
+    queries = need_q or need_g
+    keys = need_k or need_beta or need_g
+    S0 = q.new_empty(slots, HV, K, V) if queries or keys else None
+    X = q.new_empty(slots, HV, BT, V) if queries or keys else None
+    dS = torch.empty_like(S0) if keys else None
+    dR = torch.empty_like(X) if keys else None
+    dg_start = torch.empty(B, HV, T, dtype=compute, device=q.device) if need_g else None
+
+    align = alignment(q, k, v, do)
+    tma = config.tma and align > 1 and rows == BT and K == power_of_two(K)
+    tma = tma and V * q.element_size() % 16 == 0 and all(x.data_ptr() % 16 == 0 for x in (q, k, v, do))
+    if tma:
+        allow_descriptors()
+    blocks = triton.cdiv(V, BV)
+    lengths = (cu_seqlens, T, N)
+    sizes = {"K": K, "V": V, "ROWS": rows, "BT": BT, "BK": power_of_two(K), "BV": BV, "ALIGN": align}
+    walk = {"STAGES": config.num_stages, "TMA": tma, "PRECISION": precision(q.dtype)} | config.options
+    one = {"QK_L2NORM": qk_l2norm, "STAGES": config.num_stages, "PRECISION": precision(q.dtype)} | config.options
+    gates = (0, 0, 0) if g is None else g.stride()
+    with on_device(q):
+        if T and (queries or keys):
+            replay_kernel[(states.shape[0] * blocks, HV)](
+                k,
+                v,
+                beta,
+                M,
+                factors,
+                decay,
+                states,
+                S0,
+                X,
+                *lengths,
+                HV // H,
+                B * HV * T,
+                *k.stride()[:3],
+                *v.stride()[:3],
+                *beta.stride(),
+                **sizes,
+                CHECKPOINT=CHECKPOINT,
+                **walk,
+            )
+        if keys or need_v or need_state:
+            reverse_kernel[(N * blocks, HV)](
+                q,
+                k,
+                beta,
+                do,
+                M,
+                P,
+                factors,
+                decay,
+                dfinal_state,
+                dv,
+                dR,
+                dS,
+                dinitial_state,
+                *lengths,
+                HV // H,
+                B * HV * T,
+                *q.stride()[:3],
+                *k.stride()[:3],
+                *beta.stride(),
+                *do.stride()[:3],
+                **sizes,
+                **walk,
+            )
+        if T and queries:
+            query_gradients_kernel[(slots, H)](
+                q,
+                k,
+                do,
+                g,
+                factors,
+                S0,
+                X,
+                dq,
+                dg_start,
+                cu_seqlens,
+                scale,
+                T,
+                N,
+                HV // H,
+                B * HV * T,
+                *q.stride()[:3],
+                *k.stride()[:3],
+                *do.stride()[:3],
+                *gates,
+                **sizes,
+                **one,
+            )
+        if T and keys:
+            key_gradients_kernel[(slots, H)](
+                q,
+                k,
+                v,
+                beta,
+                g,
+                do,
+                P,
+                factors,
+                decay,
+                S0,
+                X,
+                dR,
+                dS,
+                dg_start,
+                dk,
+                dbeta,
+                dg,
+                cu_seqlens,
+                scale,
+                T,
+                N,
+                HV // H,
+                B * HV * T,
+                *q.stride()[:3],
+                *k.stride()[:3],
+                *v.stride()[:3],
+                *beta.stride(),
+                *gates,
+                *do.stride()[:3],
+                **sizes,
+                **one,
+            )
+    return grads
