@@ -628,8 +628,8 @@ def forward(q, k, v, beta, g, initial_state, cu_seqlens, *, scale, qk_l2norm, sa
     if N == 0:
         return o.zero_(), final, states
 
-    options = {"scale": scale, "qk_l2norm": qk_l2norm, "fold_beta": True, "BT": BT, "rows": rows}
-    M, P, factors, decay = prepare(q, k, beta, g, cu_seqlens, **options)
+    options = {"scale": scale, "qk_l2norm": qk_l2norm, "forward": True, "BT": BT, "rows": rows}
+    M, P, factors, decay, _, _ = prepare(q, k, beta, g, cu_seqlens, **options)
     align = alignment(q, k, v)
     tma = config.tma and align > 1 and all(x.data_ptr() % 16 == 0 for x in (q, k, v))
     if tma:

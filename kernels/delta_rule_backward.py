@@ -394,39 +394,19 @@ def _zero_uncovered(x, slot, cu_seqlens, N, T, row_stride, columns, ROWS: tl.con
 
 
 @triton.jit
-def _inverse_norm(x, QK_L2NORM: tl.constexpr, DTYPE: tl.constexpr):
-    """1 / |row| of x [BT, BK]; 1 without the norm."""
-    if QK_L2NORM:
-        x = x.to(DTYPE)
-        return 1 / tl.sqrt(tl.sum(x * x, 1) + 1e-6)
-    else:
-        return tl.full((x.shape[0],), 1.0, DTYPE)
+def _through_norm(dx, x):
+    """The gradient of rows x from r times that of r x, where r is one over the norm of a row."""
+    x = x.to(dx.dtype)
+    return dx - x * (tl.sum(dx * x, 1) / (tl.sum(x * x, 1) + 1e-6))[:, None]
 
 
-@triton.jit
-def _between(g, row, BT: tl.constexpr):
-    """e^{sum of g over the tokens behind the earlier and up to the later} of each pair of a chunk's rows, symmetric."""
-    down = tl.cumsum(tl.where(row[:, None] > row[None, :], g[:, None], 0.0), 0)
-    across = tl.cumsum(tl.where(row[:, None] < row[None, :], g[None, :], 0.0), 1)
-    return tl.exp(down + across)
-
-
-@triton.jit
-def _through_norm(dx, x, norm, QK_L2NORM: tl.constexpr):
-    """The gradient of a row x from dx = norm * that of norm * x."""
-    if QK_L2NORM:
-        wide = x.to(dx.dtype)
-        return dx - wide * (norm * norm * tl.sum(dx * wide, 1))[:, None]
-    else:
-        return dx
-
-
-@triton.jit(do_not_specialize=["T", "N", "factor_step", "q_b", "k_b", "do_b", "g_b", "scale"])
+@triton.jit(do_not_specialize=["T", "N", "factor_step", "q_b", "k_b", "do_b", "scale"])
 def query_gradients_kernel(
     q,  # [B, T, H, K]
     k,  # [B, T, H, K]
     do,  # [B, T, HV, V]
-    g,  # [B, T, HV] or None
+    gamma,  # [slots, HV, BT, BT] or None
+    norms,  # [2, B, HV, T] or None: r_k, r_q
     factors,  # [3, B, HV, T]: a, b, c
     S0,  # [slots, HV, K, V]
     X,  # [slots, HV, BT, V]
@@ -447,9 +427,6 @@ def query_gradients_kernel(
     do_b,
     do_t,
     do_h,
-    g_b,
-    g_t,
-    g_h,
     K: tl.constexpr,
     V: tl.constexpr,
     ROWS: tl.constexpr,
@@ -457,7 +434,6 @@ def query_gradients_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     ALIGN: tl.constexpr,  # the batch strides of q, k and do are multiples of this
-    QK_L2NORM: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -477,8 +453,6 @@ def query_gradients_kernel(
     row = tl.arange(0, BT)
     q += tl.multiple_of(batch * q_b, ALIGN) + token * q_t + head * q_h
     k += tl.multiple_of(batch * k_b, ALIGN) + token * k_t + head * k_h
-    q_tile = load_tile(q, 0, live, q_t, K, BT, BK, False)
-    q_norm = _inverse_norm(q_tile, QK_L2NORM, compute)
     grad = tl.zeros((BT, BK), compute)
     for hv in range(head * group, head * group + group):
         at = tl.cast(slot, tl.int64) * HV + hv
@@ -492,35 +466,39 @@ def query_gradients_kernel(
             X_tile = load_tile(X + at * (BT * V) + first, 0, BT, V, columns, BT, BV, False)
             state = dot(do_tile, tl.trans(S_tile), state, PRECISION)
             scores = dot(do_tile, tl.trans(X_tile), scores, PRECISION)
-        b = tl.load(factors + factor_step + (batch * HV + hv) * T + token + row, mask=row < live, other=0.0)
+        line = (batch * HV + hv) * T + token + row
+        b = tl.load(factors + line + factor_step, mask=row < live, other=0.0)
         state = state * b[:, None]
         if dg_start is not None:
             own = tl.sum(state * load_tile(q, 0, live, q_t, K, BT, BK, False), 1)
-            tl.store(dg_start + (batch * HV + hv) * T + token + row, own, mask=row < live)
+            tl.store(dg_start + line, own, mask=row < live)
         if dq is not None:
             grad += state
             k_tile = load_tile(k, 0, live, k_t, K, BT, BK, False)
-            if g is not None:
-                gate = tl.load(g + batch * g_b + (token + row) * g_t + hv * g_h, mask=row < live, other=0.0).to(compute)
-                scores = scores * _between(gate, row, BT)
-            scores = scores * (scale * q_norm[:, None] * _inverse_norm(k_tile, QK_L2NORM, compute)[None, :])
-            scores = tl.where(row[:, None] >= row[None, :], scores, 0.0)
+            if gamma is not None:
+                scores = scores * tl.load(gamma + at * (BT * BT) + row[:, None] * BT + row[None, :])
+            if norms is not None:
+                r_k = tl.load(norms + line, mask=row < live, other=0.0)
+                r_q = tl.load(norms + line + factor_step, mask=row < live, other=0.0)
+                scores = scores * r_q[:, None] * r_k[None, :]
+            scores = tl.where(row[:, None] >= row[None, :], scores * scale, 0.0)
             grad = dot(cast(scores, narrow), k_tile, grad, PRECISION)
     if dq is not None:
-        q_tile = load_tile(q, 0, live, q_t, K, BT, BK, False)
-        grad = cast(_through_norm(grad, q_tile, q_norm, QK_L2NORM), narrow)
-        store_tile(dq, grad, token, live, H * K, K, BT, BK, False)
+        if norms is not None:
+            grad = _through_norm(grad, load_tile(q, 0, live, q_t, K, BT, BK, False))
+        store_tile(dq, cast(grad, narrow), token, live, H * K, K, BT, BK, False)
 
 
-@triton.jit(do_not_specialize=["T", "N", "factor_step", "q_b", "k_b", "v_b", "do_b", "beta_b", "g_b", "scale"])
+@triton.jit(do_not_specialize=["T", "N", "factor_step", "q_b", "k_b", "v_b", "do_b", "beta_b", "scale"])
 def key_gradients_kernel(
     q,  # [B, T, H, K]
     k,  # [B, T, H, K]
     v,  # [B, T, HV, V]
     beta,  # [B, T, HV]
-    g,  # [B, T, HV] or None
     do,  # [B, T, HV, V]
     P,  # [slots, HV, BT, BT]
+    gamma,  # [slots, HV, BT, BT] or None
+    norms,  # [2, B, HV, T] or None: r_k, r_q
     factors,  # [3, B, HV, T]: a, b, c
     decay,  # [slots, HV]
     S0,  # [slots, HV, K, V]
@@ -549,9 +527,6 @@ def key_gradients_kernel(
     beta_b,
     beta_t,
     beta_h,
-    g_b,
-    g_t,
-    g_h,
     do_b,
     do_t,
     do_h,
@@ -562,7 +537,6 @@ def key_gradients_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     ALIGN: tl.constexpr,  # the batch strides of q, k, v and do are multiples of this
-    QK_L2NORM: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -596,7 +570,6 @@ def key_gradients_kernel(
     lower = row[:, None] > row[None, :]
     q += tl.multiple_of(batch * q_b, ALIGN) + token * q_t + head * q_h
     k += tl.multiple_of(batch * k_b, ALIGN) + token * k_t + head * k_h
-    k_norm = _inverse_norm(load_tile(k, 0, live, k_t, K, BT, BK, False), QK_L2NORM, compute)
     grad = tl.zeros((BT, BK), compute)
     for hv in range(head * group, head * group + group):
         at = tl.cast(slot, tl.int64) * HV + hv
@@ -606,12 +579,6 @@ def key_gradients_kernel(
         a = tl.load(factors + line, mask=alive, other=0.0)
         c = tl.load(factors + line + 2 * factor_step, mask=alive, other=0.0)
         rate = tl.load(beta + batch * beta_b + (token + row) * beta_t + hv * beta_h, mask=alive, other=0.0).to(compute)
-        if g is not None:
-            gate = tl.load(g + batch * g_b + (token + row) * g_t + hv * g_h, mask=alive, other=0.0).to(compute)
-            between = _between(gate, row, BT)
-        else:
-            between = tl.full((BT, BT), 1.0, compute)
-
         # Through the chunk's exit state, and through P.
         state = tl.zeros((BT, BK), compute)
         scores = tl.zeros((BT, BT), compute)
@@ -631,8 +598,13 @@ def key_gradients_kernel(
         if dk is not None:
             grad += state
             q_tile = load_tile(q, 0, live, q_t, K, BT, BK, False)
-            q_norm = _inverse_norm(q_tile, QK_L2NORM, compute)
-            scores = tl.where(lower, 0.0, scores * between * (scale * k_norm[:, None] * q_norm[None, :]))
+            if gamma is not None:
+                scores = scores * tl.load(gamma + at * (BT * BT) + row[:, None] * BT + row[None, :])
+            if norms is not None:
+                r_k = tl.load(norms + line, mask=alive, other=0.0)
+                r_q = tl.load(norms + line + factor_step, mask=alive, other=0.0)
+                scores = scores * r_k[:, None] * r_q[None, :]
+            scores = tl.where(lower, 0.0, scores * scale)
             grad = dot(cast(scores, narrow), q_tile, grad, PRECISION)
 
         # Through the chunk's entry state, and through the inverse.
@@ -654,10 +626,18 @@ def key_gradients_kernel(
         state = state * a[:, None]
         k_tile = load_tile(k, 0, live, k_t, K, BT, BK, False)
         dots_state = tl.sum(state * k_tile, 1)
-        under = tl.where(lower, under * between, 0.0)
-        over = tl.where(upper, over * between * rate[None, :], 0.0)
+        if gamma is not None:
+            between = tl.load(gamma + at * (BT * BT) + row[:, None] * BT + row[None, :]).to(compute)
+            under = under * between
+            over = over * between
+        if norms is not None:
+            r_k = tl.load(norms + line, mask=alive, other=0.0)
+            under = under * r_k[:, None] * r_k[None, :]
+            over = over * r_k[:, None] * r_k[None, :]
+        under = tl.where(lower, under, 0.0)
+        over = tl.where(upper, over * rate[None, :], 0.0)
         if (dbeta is not None) or (dg is not None):
-            kk = dot(k_tile, tl.trans(k_tile), None, PRECISION) * (k_norm[:, None] * k_norm[None, :])
+            kk = dot(k_tile, tl.trans(k_tile), None, PRECISION)
         if dbeta is not None:
             dots -= dots_state + tl.sum(under * kk, 1)
             tl.store(dbeta + (token + row) * HV + hv, cast(dots, dbeta.dtype.element_ty), mask=alive)
@@ -676,12 +656,11 @@ def key_gradients_kernel(
             tl.store(dg + (token + row) * HV + hv, cast(paths, dg.dtype.element_ty), mask=alive)
         if dk is not None:
             grad -= state * rate[:, None]
-            both = (under * rate[:, None] + over) * (k_norm[:, None] * -k_norm[None, :])
-            grad = dot(cast(both, narrow), k_tile, grad, PRECISION)
+            grad = dot(cast(-under * rate[:, None] - over, narrow), k_tile, grad, PRECISION)
     if dk is not None:
-        k_tile = load_tile(k, 0, live, k_t, K, BT, BK, False)
-        grad = cast(_through_norm(grad, k_tile, k_norm, QK_L2NORM), narrow)
-        store_tile(dk, grad, token, live, H * K, K, BT, BK, False)
+        if norms is not None:
+            grad = _through_norm(grad, load_tile(k, 0, live, k_t, K, BT, BK, False))
+        store_tile(dk, cast(grad, narrow), token, live, H * K, K, BT, BK, False)
 
 
 def _rows(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -727,8 +706,8 @@ def backward(
     q, k, v, do = _rows(q, k, v, do)
     if dfinal_state is not None:
         dfinal_state = dfinal_state.contiguous()
-    options = {"scale": scale, "qk_l2norm": qk_l2norm, "fold_beta": False, "BT": BT, "rows": rows}
-    M, P, factors, decay = prepare(q, k, beta, g, cu_seqlens, **options)
+    options = {"scale": scale, "qk_l2norm": qk_l2norm, "forward": False, "BT": BT, "rows": rows}
+    M, P, factors, decay, gamma, norms = prepare(q, k, beta, g, cu_seqlens, **options)
     slots = chunk_slots(B, T, cu_seqlens, rows)
     queries = need_q or need_g
     keys = need_k or need_beta or need_g
@@ -747,8 +726,7 @@ def backward(
     lengths = (cu_seqlens, T, N)
     sizes = {"K": K, "V": V, "ROWS": rows, "BT": BT, "BK": power_of_two(K), "BV": BV, "ALIGN": align}
     walk = {"STAGES": config.num_stages, "TMA": tma, "PRECISION": precision(q.dtype)} | config.options
-    one = {"QK_L2NORM": qk_l2norm, "STAGES": config.num_stages, "PRECISION": precision(q.dtype)} | config.options
-    gates = (0, 0, 0) if g is None else g.stride()
+    one = {"STAGES": config.num_stages, "PRECISION": precision(q.dtype)} | config.options
     with on_device(q):
         if T and (queries or keys):
             replay_kernel[(states.shape[0] * blocks, HV)](
@@ -801,7 +779,8 @@ def backward(
                 q,
                 k,
                 do,
-                g,
+                gamma,
+                norms,
                 factors,
                 S0,
                 X,
@@ -816,7 +795,6 @@ def backward(
                 *q.stride()[:3],
                 *k.stride()[:3],
                 *do.stride()[:3],
-                *gates,
                 **sizes,
                 **one,
             )
@@ -826,9 +804,10 @@ def backward(
                 k,
                 v,
                 beta,
-                g,
                 do,
                 P,
+                gamma,
+                norms,
                 factors,
                 decay,
                 S0,
@@ -849,7 +828,6 @@ def backward(
                 *k.stride()[:3],
                 *v.stride()[:3],
                 *beta.stride(),
-                *gates,
                 *do.stride()[:3],
                 **sizes,
                 **one,

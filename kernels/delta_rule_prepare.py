@@ -106,6 +106,8 @@ def prepare_kernel(
     P,  # [slots, HV, BT, BT]
     factors,  # [3, B, HV, T]: a, b, c
     decay,  # [slots, HV]
+    gamma,  # [slots, HV, BT, BT] or None
+    norms,  # [2, B, HV, T] or None
     cu_seqlens,  # [N + 1] or None
     scale,
     T,
@@ -223,6 +225,13 @@ def prepare_kernel(
         tl.store(factors + at + step, scale * entry * q_norm, mask=row < live)
         tl.store(factors + at + 2 * step, leave * k_norm, mask=row < live)
         tl.store(decay + here, whole)
+        if norms is not None:
+            tl.store(norms + at, k_norm, mask=row < live)
+            tl.store(norms + at + step, q_norm, mask=row < live)
+        if gamma is not None:
+            at = gamma + here * (BT * BT)
+            tl.store(at + i * BT + j, cast(between, gamma.dtype.element_ty), mask=i >= j)
+            tl.store(at + j * BT + i, cast(between, gamma.dtype.element_ty), mask=i > j)
 
 
 class Chunks(NamedTuple):
@@ -232,6 +241,8 @@ class Chunks(NamedTuple):
     P: torch.Tensor  # [slots, HV, BT, BT]
     factors: torch.Tensor  # [3, B, HV, T]: a, b, c
     decay: torch.Tensor  # [slots, HV]
+    gamma: torch.Tensor | None  # [slots, HV, BT, BT]: e^{G_i - G_j}, mirrored above the diagonal
+    norms: torch.Tensor | None  # [2, B, HV, T]: r_k, r_q
 
 
 def chunk_slots(B: int, T: int, cu_seqlens: torch.Tensor | None, rows: int) -> int:
@@ -251,8 +262,11 @@ def alignment(*tensors: torch.Tensor) -> int:
     return n if all(s % n == 0 for x in tensors for s in x.stride()[:-1]) else 1
 
 
-def prepare(q, k, beta, g, cu_seqlens, *, scale, qk_l2norm, fold_beta, BT, rows=None) -> Chunks:
-    """`rows`: the live rows of a chunk of BT, all by default. q and k have unit stride along their last dimension."""
+def prepare(q, k, beta, g, cu_seqlens, *, scale, qk_l2norm, forward, BT, rows=None) -> Chunks:
+    """The forward wants beta in M; the backward does not, and wants gamma with a gate and the norms with qk_l2norm.
+
+    `rows`: the live rows of a chunk of BT, all by default. q and k have unit stride along their last dimension.
+    """
     B, T, H, K = q.shape
     HV = beta.shape[2]
     rows = rows or BT
@@ -263,6 +277,8 @@ def prepare(q, k, beta, g, cu_seqlens, *, scale, qk_l2norm, fold_beta, BT, rows=
     P = torch.empty_like(M)
     factors = torch.empty(3, B, HV, T, dtype=compute, device=q.device)
     decay = torch.empty(slots, HV, dtype=compute, device=q.device)
+    gamma = None if forward or g is None else torch.empty_like(M)
+    norms = torch.empty_like(factors[:2]) if qk_l2norm and not forward else None
     if slots and T:
         with on_device(q):
             prepare_kernel[(slots, H)](
@@ -274,6 +290,8 @@ def prepare(q, k, beta, g, cu_seqlens, *, scale, qk_l2norm, fold_beta, BT, rows=
                 P,
                 factors,
                 decay,
+                gamma,
+                norms,
                 cu_seqlens,
                 scale,
                 T,
@@ -289,13 +307,13 @@ def prepare(q, k, beta, g, cu_seqlens, *, scale, qk_l2norm, fold_beta, BT, rows=
                 BT=BT,
                 BK=config.BK,
                 ALIGN=alignment(q, k),
-                FOLD_BETA=fold_beta,
+                FOLD_BETA=forward,
                 QK_L2NORM=qk_l2norm,
                 PRECISION=precision(q.dtype),
                 INVERSE_PRECISION=inverse_precision(q.dtype),
                 **config.options,
             )
-    return Chunks(M, P, factors, decay)
+    return Chunks(M, P, factors, decay, gamma, norms)
 
 
 def inverse_precision(dtype: torch.dtype) -> str:
