@@ -254,9 +254,11 @@ def _forward_tile(
     time, live, low, high, L,
     W: tl.constexpr, RUN: tl.constexpr, VECTORS: tl.constexpr, SILU: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    columns = _load_run(x_at, x_stride_t, time, live, L, 1 - W, RUN + W - 1, RUN, VECTORS, MASKED)
+    columns = _load_run(x_at, x_stride_t, time, live, L, 1 - W, W - 1 + (RUN if VECTORS else 0), RUN, VECTORS, MASKED)
     results = ()
     for i in tl.static_range(RUN):
+        if not VECTORS:  # token by token, which needs fewer registers
+            columns = columns + _load_run(x_at, x_stride_t, time, live, L, i, 1, RUN, VECTORS, MASKED)
         n, age, left = low, time, time
         if MASKED:
             n, age, left = _place(cu_seqlens, time + i, low, high, L)
@@ -364,18 +366,24 @@ def _backward_tile(
     """Writes dx (unless dx_at is None); returns `sums`, W of dweight and one of dbias, with this tile's added."""
     # Token p's gradient needs dz of p .. p+W-1, and z needs the W-1 inputs before each of them.
     AHEAD: tl.constexpr = 0 if dx_at is None else W - 1
-    dz = _load_run(dy_at, dy_stride_t, time, live, L, 0, RUN + AHEAD, RUN, VECTORS, MASKED)
+    X_AHEAD: tl.constexpr = AHEAD if SILU else 0
+    dy, columns = (), ()
+    if VECTORS:
+        dy = _load_run(dy_at, dy_stride_t, time, live, L, 0, RUN + AHEAD, RUN, VECTORS, MASKED)
     if SILU or NEED_SUMS:
-        columns = _load_run(
-            x_at, x_stride_t, time, live, L, 1 - W, W - 1 + RUN + (AHEAD if SILU else 0), RUN, VECTORS, MASKED
-        )
-    ns, lefts, dzs = (), (), ()
+        COUNT: tl.constexpr = W - 1 + (RUN + X_AHEAD if VECTORS else 0)
+        columns = _load_run(x_at, x_stride_t, time, live, L, 1 - W, COUNT, RUN, VECTORS, MASKED)
+    ns, lefts, dz, results = (), (), (), ()
     for i in tl.static_range(RUN + AHEAD):
         n, age, left = low, time, time
         if MASKED:
             n, age, left = _place(cu_seqlens, time + i, low, high, L)
-        d = dz[i]
+        if not VECTORS:  # token by token, which needs fewer registers
+            dy = dy + _load_run(dy_at, dy_stride_t, time, live, L, i, 1, RUN, VECTORS, MASKED)
+        d = dy[i]
         if SILU or (NEED_SUMS and i < RUN):
+            if not VECTORS:
+                columns = columns + _load_run(x_at, x_stride_t, time, live, L, i, 1, RUN, VECTORS, MASKED)
             taps = _taps(columns, W - 1 + i, n, age, state_at, state_stride_n, state_stride_w, live, W, MASKED)
         if SILU:
             d = _through_activation(d, _convolve(taps, weight, bias, W), SILU)
@@ -386,20 +394,20 @@ def _backward_tile(
             for s in tl.static_range(W):
                 added = added + (sums[s] + d * taps[s],)
             sums = added + (sums[W] + d,)
-        ns, lefts, dzs = ns + (n,), lefts + (left,), dzs + (d,)
-    if dx_at is not None:
-        results = ()
-        for i in tl.static_range(RUN):
-            dx = weight[0] * dzs[i]
+        ns, lefts, dz = ns + (n,), lefts + (left,), dz + (d,)
+        if dx_at is not None and i >= W - 1:  # all that token p reaches is there
+            left = lefts[i - (W - 1)]
+            dx = weight[0] * dz[i - (W - 1)]
             for s in tl.static_range(1, W):
                 if MASKED:
-                    dx += weight[s] * tl.where(s < lefts[i], dzs[i + s], 0)
+                    dx += weight[s] * tl.where(s < left, dz[i - (W - 1) + s], 0)
                 else:
-                    dx += weight[s] * dzs[i + s]
+                    dx += weight[s] * dz[i - (W - 1) + s]
             if MASKED and dfinal_at is not None:
-                at = dfinal_at + ns[i] * dfinal_stride_n + (W - 1 - lefts[i]) * dfinal_stride_w
-                dx += tl.load(at, mask=live & (lefts[i] > 0) & (lefts[i] < W), other=0).to(dx.dtype)
+                at = dfinal_at + ns[i - (W - 1)] * dfinal_stride_n + (W - 1 - left) * dfinal_stride_w
+                dx += tl.load(at, mask=live & (left > 0) & (left < W), other=0).to(dx.dtype)
             results = results + (dx,)
+    if dx_at is not None:
         _store_run(dx_at, dx_stride_t, results, time, live, L, RUN, VECTORS, MASKED)
     return sums
 
