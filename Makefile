@@ -7,9 +7,11 @@ VENV ?= .venv
 PYTHON ?= $(VENV)/bin/python
 # The checkout's folder `kernels` must not shadow Hugging Face's package of that name, which transformers looks for.
 export PYTHONSAFEPATH = 1
+# Further versions of Triton that `make report` compiles with.
+TRITONS ?= 3.6.0 3.9.0
 INSTALL_NATIVE = $(PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
 
-.PHONY: install demo lint test test-gpu bench clean
+.PHONY: install demo lint test test-gpu bench report clean
 
 # The stamp is newer than what decides the environment's content; sources of the native library are checked by `build`.
 $(VENV)/.installed: requirements-dev.txt pyproject.toml setup.py
@@ -43,6 +45,13 @@ test-gpu: install
 
 bench: install
 	$(PYTHON) -m fla_ops.cli bench --all
+
+build/triton-%:
+	$(PYTHON) -m pip install -q --no-deps --target $@ triton==$*
+
+# What the compiler makes of every kernel, for every architecture, without a GPU.
+report: install $(TRITONS:%=build/triton-%)
+	$(PYTHON) -m fla_ops.kernels.report $(TRITONS:%=--triton build/triton-%) --write bench/results/ahead-of-time.md
 
 clean:
 	rm -rf build *.egg-info fla_ops/_C*.so

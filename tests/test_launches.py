@@ -23,8 +23,8 @@ def names(launches):
 
 
 def test_launches():
-    """The delta rule: two in inference, three at training at most, five in the backward; fla-core's chunks take five and
-    seven, and further ones that add. The convolution: one, and in the backward a second that adds the parameters'
+    """The delta rule: two in inference, three at training at most, five in the backward; fla-core's chunks take five
+    and seven, and further ones that add. The convolution: one, and in the backward a second that adds the parameters'
     partial sums. A step: one."""
     options = {"T": 1024, "l2norm": True}
     delta, packed, conv = recorded(
@@ -96,7 +96,7 @@ def test_bytes_of_the_delta_rule():
     with watched_memory() as backward:
         op.backward(*tokens, None, None, states, torch.ones_like(o), None, needs=(True,) * 5 + (False,), **options)
     peer = {"inference": PEER_FORWARD, "training": PEER_FORWARD, "backward": PEER_BACKWARD}
-    allowed = {"inference": (2_400, 3_300), "training": (2_700, 3_600), "backward": (9_500, 13_500)}
+    allowed = {"inference": (2_400, 3_300), "training": (2_700, 3_600), "backward": (10_000, 13_600)}
     for name, launches in {"inference": inference, "training": training, "backward": backward}.items():
         distinct = sum(launch.distinct for launch in launches) / (T * H)
         every = sum(launch.loaded + launch.stored for launch in launches) / (T * H)
@@ -123,7 +123,7 @@ def test_bytes_of_the_convolution(last):
         op.backward(x, weight, None, None, None, dy, None, activation="silu", needs=needs)
     for name, launches, distinct_allowed, all_allowed in (
         ("forward", forward, 4.5, 6.5),
-        ("backward", backward, 7.5, 11),
+        ("backward", backward, 7.5, 12.5),
     ):
         distinct = sum(launch.distinct for launch in launches) / x.numel()
         every = sum(launch.loaded + launch.stored for launch in launches) / x.numel()
