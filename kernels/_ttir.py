@@ -3,9 +3,10 @@
 
 import re
 
-_RESULT = re.compile(r"^\s*%([\w#]+)(?::\d+)? = (?:\")?([\w.]+)(?:\")?(.*)$")
+_RESULT = re.compile(r"^\s*%([\w-]+)(?::\d+)? = (?:\")?([\w.]+)(?:\")?(.*)$")
 _PASSES_ON = ("arith.", "tt.splat", "tt.broadcast", "tt.expand_dims")
-_NAME = re.compile(r"%([\w]+)(?:#\d+)?")
+_BOUNDS = ("arith.cmp", "arith.div", "arith.rem")  # an index taken apart by a number of blocks
+_NAME = re.compile(r"%([\w-]+)(?:#\d+)?")
 
 
 def loop_loads_and_multiplies(ttir: str) -> bool:
@@ -46,8 +47,8 @@ def narrow_offsets(ttir: str) -> list[str]:
         for line in ttir.splitlines():
             line = line.split(" loc(")[0]
             if "iter_args(" in line:
-                pairs = re.findall(r"%(\w+) = %(\w+)", line[line.index("iter_args(") :])
-                results = re.match(r"\s*%(\w+)", line)
+                pairs = re.findall(r"%([\w-]+) = %([\w-]+)", line[line.index("iter_args(") :])
+                results = re.match(r"\s*%([\w-]+)", line)
                 carried.append(([inside for inside, _ in pairs], results and results[1]))
                 for inside, before in pairs:
                     if before in narrow:
@@ -86,7 +87,7 @@ def narrow_offsets(ttir: str) -> list[str]:
                 )
                 if not small:
                     narrow[name] = line.strip()
-            elif operation.startswith(_PASSES_ON) and not operation.startswith("arith.cmp"):
+            elif operation.startswith(_PASSES_ON) and not operation.startswith(_BOUNDS):
                 for operand in operands:
                     if operand in narrow:
                         narrow[name] = narrow[operand]

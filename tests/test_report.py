@@ -49,7 +49,7 @@ def row(**changes):
         ({"matrix": {}}, "multiplies in a loop without tensor cores"),
         ({"asynchronous_loads": {}}, "multiplies in a loop whose loads are not asynchronous"),
         ({"dtype": "float32", "ieee": True, "matrix": {"HMMA": 4}}, "promises IEEE float32 and multiplies on tensor"),
-        ({"narrow": ["%a = arith.muli %b, %c : i32"]}, "computes an offset in 32 bits: %a = arith.muli %b, %c : i32"),
+        ({"narrow": ["%a = arith.muli %b, %c : i32"]}, "computes offsets in 32 bits: %a = arith.muli %b, %c : i32"),
     ],
     ids=lambda x: x[:40] if isinstance(x, str) else "",
 )
