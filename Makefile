@@ -3,15 +3,15 @@
 # On a machine that brings its own torch: make test-gpu PYTHON=python3, make bench PYTHON=python3.
 
 TORCH ?= torch==2.13.0
+# Triton versions that the kernels are run and compiled with beside the pinned one.
+OTHER_TRITONS ?= 3.6.0 3.9.0
 VENV ?= .venv
 PYTHON ?= $(VENV)/bin/python
 # The checkout's folder `kernels` must not shadow Hugging Face's package of that name, which transformers looks for.
 export PYTHONSAFEPATH = 1
-# Further versions of Triton that `make report` compiles with.
-TRITONS ?= 3.6.0 3.9.0
 INSTALL_NATIVE = $(PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
 
-.PHONY: install demo lint test test-gpu bench report clean
+.PHONY: install demo lint test test-tritons test-gpu report bench clean
 
 # The stamp is newer than what decides the environment's content; sources of the native library are checked by `build`.
 $(VENV)/.installed: requirements-dev.txt pyproject.toml setup.py
@@ -36,22 +36,27 @@ lint: install
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
-test: install
+test: install test-tritons
 	$(INSTALL_NATIVE)
 	$(PYTHON) -m pytest
+
+# The Triton kernels again, in the interpreter of the other versions.
+test-tritons: $(OTHER_TRITONS:%=$(VENV)/triton-%)
+	set -e; for folder in $^; do PYTHONPATH=$$folder $(PYTHON) -m pytest -q -k triton; done
+
+$(VENV)/triton-%: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install -q --no-deps --upgrade --target $@ triton==$*
+	touch $@
 
 test-gpu: install
 	$(PYTHON) -m pytest -m gpu
 
+# What the kernels compile to on GPUs that are not here.
+report: $(OTHER_TRITONS:%=$(VENV)/triton-%)
+	$(PYTHON) -m fla_ops.kernels.report $(^:%=--triton %) --write bench/results/ahead-of-time.md
+
 bench: install
 	$(PYTHON) -m fla_ops.cli bench --all
-
-build/triton-%:
-	$(PYTHON) -m pip install -q --no-deps --target $@ triton==$*
-
-# What the compiler makes of every kernel, for every architecture, without a GPU.
-report: install $(TRITONS:%=build/triton-%)
-	$(PYTHON) -m fla_ops.kernels.report $(TRITONS:%=--triton build/triton-%) --write bench/results/ahead-of-time.md
 
 clean:
 	rm -rf build *.egg-info fla_ops/_C*.so

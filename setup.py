@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packages `kernels/` as `fla_ops.kernels` and `csrc/` as data, and builds the native library if it can.
+"""Packages `kernels/` as `fla_ops.kernels` and `csrc/` as data, and builds the native libraries if it can.
 
 Without torch, or without a C++ compiler, the result is a pure Python package that installs and imports; `fla-ops build`
-makes the library later. A compiler that fails is reported and does not stop the installation.
+makes the libraries later. The CUDA library is built where nvcc and a CUDA build of torch are; FLA_OPS_CUDA=1 or 0 in
+the environment decides otherwise. A compiler that fails is reported and does not stop the installation.
 """
 
 import importlib.util
@@ -32,22 +33,31 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext):
         target = Path(self.get_ext_fullpath(ext.name))
+        name, make = LIBRARIES[ext.name][:2]
         try:
-            build.build_native(ROOT / "csrc", target)
+            make(ROOT / "csrc", target)
         except build.BuildError as error:
             target.unlink(missing_ok=True)  # a library of older sources must not be installed in its place
-            print(f"fla_ops: the native CPU library was not built: {error}", file=sys.stderr)
+            print(f"fla_ops: the native {name} library was not built: {error}", file=sys.stderr)
             print("fla_ops: installing without it; `fla-ops build` tries again.", file=sys.stderr)
 
 
-missing = build.why_not()
-if missing:
-    print(f"fla_ops: installing without the native CPU library: {missing}", file=sys.stderr)
-    native = {}
-else:
-    sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.cpp"))
+# Extension -> what it holds, the function that builds it, its sources, why it cannot be built.
+LIBRARIES = {
+    "fla_ops._C": ("CPU", build.build_native, build.cpu_sources, build.why_not()),
+    "fla_ops._C_cuda": ("CUDA", build.build_cuda, build.cuda_sources, build.why_not_cuda()),
+}
+extensions = []
+for extension, (name, _, sources, missing) in LIBRARIES.items():
+    if missing:
+        print(f"fla_ops: installing without the native {name} library: {missing}", file=sys.stderr)
+        continue
+    files = [str(p.relative_to(ROOT)) for p in sources(ROOT / "csrc")]
+    extensions.append(Extension(extension, files, py_limited_api=True, optional=True))
+native = {}
+if extensions:
     native = {
-        "ext_modules": [Extension("fla_ops._C", sources, py_limited_api=True, optional=True)],
+        "ext_modules": extensions,
         "cmdclass": {"build_ext": BuildNative},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }

@@ -19,6 +19,7 @@
 #include <tuple>
 #include <vector>
 
+#include "causal_conv1d_layout.h"
 #include "cpu_level.h"
 #include "torch_view.h"
 
@@ -39,19 +40,6 @@ const CausalConv1dKernels& kernels() {
   if (cpu_level() == kAvx2) return avx2::causal_conv1d;
 #endif
   return base::causal_conv1d;
-}
-
-bool unit_stride(const Tensor& x, int dim) { return x.size(dim) <= 1 || x.stride(dim) == 1; }
-
-// The layout that the kernels take x for; both fit where L or D is 1.
-bool channels_last(const Tensor& x) {
-  return unit_stride(x, 1) && !(unit_stride(x, 2) && x.size(2) > 1);
-}
-
-Tensor empty_with_layout(const Tensor& x, bool last) {
-  if (!last) return torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
-  Tensor rows = torch::stable::new_empty(x, {x.size(0), x.size(2), x.size(1)});
-  return torch::stable::transpose(rows, 1, 2);
 }
 
 bool covers(const std::vector<Sequence>& all, int64_t L) {

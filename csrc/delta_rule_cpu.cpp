@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "cpu_level.h"
+#include "delta_rule_checks.h"
 #include "torch_view.h"
 
 namespace fla_ops {
@@ -37,8 +38,6 @@ const DeltaRuleKernels& kernels() {
   return base::delta_rule;
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 std::vector<CheckpointedSequence> checkpointed(const std::vector<Sequence>& all) {
   std::vector<CheckpointedSequence> result;
   int64_t checkpoint = 0;
@@ -47,11 +46,6 @@ std::vector<CheckpointedSequence> checkpointed(const std::vector<Sequence>& all)
     checkpoint += ceil_div(s.length, kCheckpointTokens);
   }
   return result;
-}
-
-int64_t checkpoint_rows(int64_t B, int64_t T, const std::optional<Tensor>& cu_seqlens) {
-  if (!cu_seqlens) return B * ceil_div(T, kCheckpointTokens);
-  return ceil_div(T, kCheckpointTokens) + cu_seqlens->size(0) - 1;
 }
 
 // Zeroes the rows of a contiguous [1, T, ...] tensor that no packed sequence covers.
@@ -64,26 +58,6 @@ void zero_uncovered(Tensor& x, const std::vector<CheckpointedSequence>& packed) 
   char* data = static_cast<char*>(x.data_ptr());
   std::memset(data, 0, first * row);
   std::memset(data + last * row, 0, (T - last) * row);
-}
-
-void check_shapes(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& beta,
-                  const std::optional<Tensor>& g, int outer) {
-  STD_TORCH_CHECK(q.dim() == outer + 2 && k.dim() == outer + 2 && v.dim() == outer + 2 &&
-                      beta.dim() == outer + 1 && (!g || g->dim() == outer + 1),
-                  "delta_rule: wrong number of dimensions");
-  for (int i = 0; i < outer; i++)
-    STD_TORCH_CHECK(q.size(i) == k.size(i) && q.size(i) == v.size(i) &&
-                        q.size(i) == beta.size(i) && (!g || q.size(i) == g->size(i)),
-                    "delta_rule: batch or time sizes differ");
-  const int64_t H = q.size(outer), HV = v.size(outer), K = q.size(outer + 1);
-  STD_TORCH_CHECK(k.size(outer) == H && k.size(outer + 1) == K && beta.size(outer) == HV &&
-                      (!g || g->size(outer) == HV) && H > 0 && HV % H == 0,
-                  "delta_rule: head counts or dimensions differ");
-  STD_TORCH_CHECK(K >= 1 && K <= kMaxHeadDim && v.size(outer + 1) >= 1 &&
-                      v.size(outer + 1) <= kMaxHeadDim,
-                  "delta_rule: K and V must be 1 to ", kMaxHeadDim);
-  STD_TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(),
-                  "delta_rule: q, k and v must share a dtype");
 }
 
 // Runs task(i, scratch) for i in [0, tasks), each thread taking the next one and owning
@@ -140,10 +114,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, con
   const int64_t HV = v.size(2), V = v.size(3);
   const std::vector<CheckpointedSequence> all = checkpointed(sequences(B, T, cu_seqlens));
   const int64_t N = int64_t(all.size());
-  STD_TORCH_CHECK(!initial_state || (initial_state->dim() == 4 && initial_state->size(0) == N &&
-                                     initial_state->size(1) == HV && initial_state->size(2) == K &&
-                                     initial_state->size(3) == V),
-                  "delta_rule: initial_state must be [N, HV, K, V]");
+  check_state(initial_state, N, HV, K, V);
 
   const ScalarType state_dtype = accumulator(q);
   Tensor o = torch::stable::new_empty(q, {B, T, HV, V});
@@ -186,18 +157,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const std::vector<CheckpointedSequence> all = checkpointed(sequences(B, T, cu_seqlens));
   const int64_t N = int64_t(all.size());
   const ScalarType exact = accumulator(q);
-  STD_TORCH_CHECK(states.dim() == 4 && states.size(0) == checkpoint_rows(B, T, cu_seqlens) &&
-                      states.size(1) == HV && states.size(2) == K && states.size(3) == V &&
-                      states.scalar_type() == exact && states.is_contiguous(),
-                  "delta_rule: states must be what the forward saved");
-  STD_TORCH_CHECK(d_o.dim() == 4 && d_o.size(0) == B && d_o.size(1) == T && d_o.size(2) == HV &&
-                      d_o.size(3) == V,
-                  "delta_rule: the gradient of o must have its shape");
-  STD_TORCH_CHECK(!d_final_state ||
-                      (d_final_state->dim() == 4 && d_final_state->size(0) == N &&
-                       d_final_state->size(1) == HV && d_final_state->size(2) == K &&
-                       d_final_state->size(3) == V),
-                  "delta_rule: the gradient of final_state must have its shape");
+  check_gradients(v, states, checkpoint_rows(B, T, cu_seqlens), K, d_o);
+  check_state(d_final_state, N, HV, K, V);
   if (!g) needs &= ~kNeedG;
   if (!initial_state) needs &= ~kNeedState;
 
@@ -257,11 +218,7 @@ Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bet
             const std::optional<Tensor>& state_indices) {
   check_shapes(q, k, v, beta, g, 1);
   const int64_t B = q.size(0), H = q.size(1), K = q.size(2), HV = v.size(1), V = v.size(2);
-  STD_TORCH_CHECK(state.dim() == 4 && state.size(1) == HV && state.size(2) == K &&
-                      state.size(3) == V && (state_indices || state.size(0) >= B),
-                  "delta_rule_step: state must be [slots, HV, K, V]");
-  STD_TORCH_CHECK(!state_indices || (state_indices->dim() == 1 && state_indices->size(0) == B),
-                  "delta_rule_step: state_indices must be [B]");
+  check_slots(q, v, state, state_indices);
   Tensor o = torch::stable::new_empty(q, {B, HV, V});
 
   DeltaRuleStep x{};

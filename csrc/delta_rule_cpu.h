@@ -6,12 +6,10 @@
 
 #include <stdint.h>
 
+#include "delta_rule.h"
 #include "view.h"
 
 namespace fla_ops {
-
-constexpr int kMaxHeadDim = 256;
-constexpr int kCheckpointTokens = 64;  // training keeps one state per this many tokens
 
 struct CheckpointedSequence : Sequence {
   int64_t first_checkpoint;  // row of the saved states
@@ -30,9 +28,6 @@ struct DeltaRuleForward {
   double scale;
   bool qk_l2norm;
 };
-
-// Bits of the gradients asked for.
-enum Needs : int { kNeedQ = 1, kNeedK = 2, kNeedV = 4, kNeedBeta = 8, kNeedG = 16, kNeedState = 32 };
 
 struct DeltaRuleBackward {
   DeltaRuleForward inputs;  // `o`, `final_state` unused; `states` holds the checkpoints

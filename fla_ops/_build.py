@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the native CPU library from `csrc/`: used by setup.py and by `fla-ops build`. Standard library only.
+"""Builds the native libraries from `csrc/`, for setup.py, `fla-ops build` and the tests. Standard library only.
 
-The library uses LibTorch's stable ABI, so one binary serves every torch from 2.11 on and every Python.
+- `_C`: the schemas of every op and the CPU kernels, by the C++ compiler.
+- `_C_cuda`: the CUDA kernels of `*_cuda.cu`, by nvcc.
+- `_C_simt`: the same `.cu` files for the host, behind the shim of `csrc/simt_shim.h`; for the tests, never installed.
+
+The libraries use LibTorch's stable ABI, so one binary serves every torch from 2.11 on and every Python.
 """
 
 import importlib.util
@@ -12,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,6 +28,9 @@ LEVEL_FLAGS = {
     "_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "_avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
 }
+CUDA_ARCHS = (80, 90, 120)
+CUDA_FLAGS = ["-std=c++20", "-O3", "-DUSE_CUDA", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+CUDA_SWITCH = "FLA_OPS_CUDA"  # environment: 1 builds the CUDA library, 0 does not
 
 
 class BuildError(RuntimeError):
@@ -32,6 +40,13 @@ class BuildError(RuntimeError):
 def compiler() -> str | None:
     """The C++ compiler to use: $CXX, else the first of c++, g++ and clang++ on PATH."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    return next((path for path in map(shutil.which, names) if path), None)
+
+
+def nvcc() -> str | None:
+    """The CUDA compiler to use: $CUDA_HOME's, else the one on PATH or in /usr/local/cuda."""
+    home = os.environ.get("CUDA_HOME")
+    names = [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
     return next((path for path in map(shutil.which, names) if path), None)
 
 
@@ -58,8 +73,107 @@ def why_not() -> str | None:
     return None
 
 
+def why_not_cuda() -> str | None:
+    """The reason why the CUDA library is not built here, or None.
+
+    nvcc alone is no reason to spend its time: a CPU torch could not load the library. FLA_OPS_CUDA=1 builds it anyway.
+    """
+    missing = why_not()
+    if missing:
+        return missing
+    switch = os.environ.get(CUDA_SWITCH, "")
+    if switch not in ("", "0", "1"):
+        return f"environment variable {CUDA_SWITCH} must be 0 or 1, got {switch!r}"
+    if switch == "0":
+        return f"{CUDA_SWITCH}=0"
+    if nvcc() is None:
+        return "no nvcc on PATH, in CUDA_HOME or in /usr/local/cuda (install the CUDA toolkit)"
+    if not switch and not (torch_root() / "lib/libtorch_cuda.so").exists():
+        return f"torch is a CPU build ({CUDA_SWITCH}=1 builds the CUDA library anyway)"
+    return None
+
+
+def cpu_sources(csrc: Path) -> list[Path]:
+    """What `_C` is made of on this processor."""
+    skipped = ("simt",) if _is_x86() else ("simt", "avx2", "avx512")
+    return [p for p in sorted(csrc.glob("*.cpp")) if not set(p.stem.split("_")) & set(skipped)]
+
+
+def cuda_sources(csrc: Path) -> list[Path]:
+    return sorted(csrc.glob("*_cuda.cu"))
+
+
+def simt_sources(csrc: Path) -> list[Path]:
+    return sorted(csrc.glob("simt_*.cpp")) + cuda_sources(csrc)
+
+
+def build_native(csrc: Path, target: Path) -> None:
+    """Compile the CPU kernels of `csrc` and link the shared library `target`. Raises BuildError."""
+    _require(why_not())
+    flags = FLAGS + _includes(csrc)
+
+    def command(source: Path, obj: Path) -> list[str]:
+        level = next((f for s, f in LEVEL_FLAGS.items() if source.stem.endswith(s)), [])
+        return [compiler(), *flags, *level, "-c", "-o", str(obj), str(source)]
+
+    _build(cpu_sources(csrc), target, command, [compiler(), "-shared"])
+
+
+def build_cuda(csrc: Path, target: Path, archs: Iterable[int] = CUDA_ARCHS) -> None:
+    """Compile the CUDA kernels of `csrc` with nvcc and link the shared library `target`. Raises BuildError.
+
+    Needs neither a GPU nor a CUDA build of torch: what libtorch_cuda provides is resolved when the library is loaded.
+    """
+    _require(why_not() or (None if nvcc() else why_not_cuda()))
+    flags = CUDA_FLAGS + cuda_archs(archs) + _includes(csrc)
+
+    def command(source: Path, obj: Path) -> list[str]:
+        return [nvcc(), *flags, "-c", "-o", str(obj), str(source)]
+
+    # libtorch brings libtorch_cuda with it, so a linker must not drop it as unneeded.
+    link = [nvcc(), "-shared", "-cudart=static", *cuda_archs(archs), "-Xlinker=--no-as-needed"]
+    _build(cuda_sources(csrc), target, command, link)
+
+
+def cuda_archs(archs: Iterable[int]) -> list[str]:
+    """Machine code for `archs`, and PTX of compute capability 9.0 for those between them (10.x)."""
+    return [
+        f"-gencode=arch=compute_{arch},code=" + (f"[sm_{arch},compute_{arch}]" if arch == 90 else f"sm_{arch}")
+        for arch in archs
+    ]
+
+
+def simt_flags(csrc: Path) -> list[str]:
+    return [*FLAGS, "-DFLA_SIMT", *_includes(csrc)]
+
+
+def build_simt(csrc: Path, target: Path, namespace: str = "fla_ops_simt") -> None:
+    """Compile the CUDA kernels of `csrc` for the host and link the shared library `target`. Raises BuildError.
+
+    Its ops are `namespace`::*; loaded with `torch.ops.load_library`, they take CPU tensors.
+    """
+    _require(why_not())
+    flags = [*simt_flags(csrc), f"-DFLA_SIMT_NAMESPACE={namespace}"]
+
+    def command(source: Path, obj: Path) -> list[str]:
+        return [compiler(), *flags, "-c", "-o", str(obj), "-x", "c++", str(source)]
+
+    _build(simt_sources(csrc), target, command, [compiler(), "-shared"])
+
+
 def _is_x86() -> bool:
     return platform.machine().lower() in ("x86_64", "amd64")
+
+
+def _includes(csrc: Path) -> list[str]:
+    torch = torch_root()
+    folders = [csrc, torch / "include", torch / "include/torch/csrc/api/include", sysconfig.get_path("include")]
+    return DEFINES + [f"-I{folder}" for folder in folders]
+
+
+def _require(missing: str | None) -> None:
+    if missing:
+        raise BuildError(missing)
 
 
 def _run(command: list[str]) -> None:
@@ -69,31 +183,17 @@ def _run(command: list[str]) -> None:
         raise BuildError(f"`{' '.join(command[:1])} ... {command[-1]}` exited {done.returncode}:\n{said}")
 
 
-def build_native(csrc: Path, target: Path) -> None:
-    """Compile every .cpp of `csrc` and link the shared library `target`. Raises BuildError."""
-    missing = why_not()
-    if missing:
-        raise BuildError(missing)
-    torch = torch_root()
-    include = [csrc, torch / "include", torch / "include/torch/csrc/api/include", sysconfig.get_path("include")]
-    flags = FLAGS + DEFINES + [f"-I{path}" for path in include]
-    skipped = () if _is_x86() else ("_avx2", "_avx512")
-    sources = [p for p in sorted(csrc.glob("*.cpp")) if not p.stem.endswith(skipped or ("\0",))]
+def _build(sources: list[Path], target: Path, command: Callable[[Path, Path], list[str]], link: list[str]) -> None:
+    """Run `command(source, object)` for each source and link the objects with torch's libraries."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    cxx = compiler()
     with tempfile.TemporaryDirectory() as folder:
         objects = [Path(folder) / f"{source.stem}.o" for source in sources]
-
-        def compile_one(source: Path, obj: Path) -> None:
-            level = next((f for s, f in LEVEL_FLAGS.items() if source.stem.endswith(s)), [])
-            _run([cxx, *flags, *level, "-c", "-o", str(obj), str(source)])
-
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            list(pool.map(compile_one, sources, objects))
+            list(pool.map(_run, map(command, sources, objects)))
         # Link beside the target and move it into place: a library that is loaded must not be overwritten.
         linked = Path(folder) / target.name
-        libs = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
+        libs = [f"-L{torch_root() / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
         extra = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-        _run([cxx, "-shared", *map(str, objects), *libs, *extra, "-o", str(linked)])
+        _run([*link, *map(str, objects), *libs, *extra, "-o", str(linked)])
         shutil.copyfile(linked, f"{target}.new")
     os.replace(f"{target}.new", target)

@@ -28,6 +28,7 @@ import triton.language as tl
 from . import _launch
 from ._config import CHECKPOINT, delta_rule_forward_config, delta_rule_step_config
 from ._launch import allow_descriptors, arch, multiprocessors, on_device, precision
+from ._operators import operator
 from ._tiles import cast, dot, first_slot, not_finite, sequence_bounds, sequence_of_slot
 from .delta_rule_prepare import alignment, chunk_slots, power_of_two, prepare
 
@@ -609,6 +610,25 @@ def _segment_chunks(chunks: int, programs: int, N: int, x: torch.Tensor) -> int 
     return triton.cdiv(length, CHECKPOINT) * CHECKPOINT if 4 * length * N <= chunks else None
 
 
+def _results(q, k, v, beta, g, initial_state, cu_seqlens, *, scale, qk_l2norm, save_states, rows=None):
+    """What `forward` returns, not written."""
+    B, T, _, K = q.shape
+    HV, V = v.shape[2:]
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    rows = rows or delta_rule_forward_config(K, V, q.dtype, arch()).BT
+    compute = torch.promote_types(q.dtype, torch.float32)
+    o = torch.empty(B, T, HV, V, dtype=v.dtype, device=v.device)
+    final = torch.empty(N, HV, K, V, dtype=compute, device=v.device)
+    saved = chunk_slots(B, T, cu_seqlens, rows * CHECKPOINT)
+    states = torch.empty((saved, HV, K, V) if save_states else 0, dtype=compute, device=v.device)
+    return o, final, states
+
+
+@operator(
+    "delta_rule_forward(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor? initial_state, Tensor? cu_seqlens, *, float scale, "
+    "bool qk_l2norm, bool save_states, int? rows=None) -> Tensor[]",
+    _results,
+)
 def forward(q, k, v, beta, g, initial_state, cu_seqlens, *, scale, qk_l2norm, save_states, rows=None):
     """(o, final_state, states): `states` enter every CHECKPOINT-th chunk, for `backward`; empty unless asked for.
 
@@ -619,12 +639,10 @@ def forward(q, k, v, beta, g, initial_state, cu_seqlens, *, scale, qk_l2norm, sa
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     config = delta_rule_forward_config(K, V, q.dtype, arch())
     BT, BV, rows = config.BT, config.BV, rows or config.BT
+    options = {"scale": scale, "qk_l2norm": qk_l2norm, "save_states": save_states, "rows": rows}
+    o, final, states = _results(q, k, v, beta, g, initial_state, cu_seqlens, **options)
     q, k, v, initial_state = _rows(q, k, v, initial_state)
-    compute = torch.promote_types(q.dtype, torch.float32)
-    o = torch.empty(B, T, HV, V, dtype=v.dtype, device=v.device)
-    final = torch.empty(N, HV, K, V, dtype=compute, device=v.device)
-    saved = chunk_slots(B, T, cu_seqlens, rows * CHECKPOINT)
-    states = torch.empty((saved, HV, K, V) if save_states else 0, dtype=compute, device=v.device)
+    compute = final.dtype
     if N == 0:
         return o.zero_(), final, states
 
@@ -711,12 +729,21 @@ def _entries(k, v, M, factors, decay, initial_state, lengths, slots, sizes, laun
     return entry
 
 
+def _step_result(q, k, v, *_, **__):
+    return torch.empty(v.shape, dtype=v.dtype, device=v.device)
+
+
+@operator(
+    "delta_rule_step(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, *, Tensor(a!) state, float scale, bool qk_l2norm, "
+    "Tensor? state_indices) -> Tensor",
+    _step_result,
+)
 def step(q, k, v, beta, g, *, state, scale, qk_l2norm, state_indices):
     """o; `state` is written in place."""
     B, H, K = q.shape
     HV, V = v.shape[1:]
     config = delta_rule_step_config(K, V, q.dtype, arch())
-    o = torch.empty(B, HV, V, dtype=v.dtype, device=v.device)
+    o = _step_result(q, k, v)
     if B:
         with on_device(q):
             step_kernel[(B, HV, triton.cdiv(V, config.BV))](
@@ -745,3 +772,6 @@ def step(q, k, v, beta, g, *, state, scale, qk_l2norm, state_indices):
                 **config.options,
             )
     return o
+
+
+from .delta_rule_backward import backward  # noqa: E402, F401

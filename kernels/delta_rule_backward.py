@@ -31,6 +31,7 @@ import triton.language as tl
 
 from ._config import CHECKPOINT, delta_rule_forward_config
 from ._launch import allow_descriptors, arch, on_device, precision
+from ._operators import operator
 from ._tiles import cast, dot, first_slot, load_tile, not_finite, sequence_bounds, sequence_of_slot, store_tile, tile_source
 from .delta_rule import _first_of, _segment, _zero_rows
 from .delta_rule_prepare import alignment, chunk_slots, power_of_two, prepare
@@ -668,6 +669,17 @@ def _rows(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     return tuple(t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tensors)
 
 
+def _results(q, k, v, beta, g, initial_state, *_, needs, **__):
+    """What `backward` returns, not written."""
+    inputs = (q, k, v, beta, g, initial_state)
+    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) if n else None for x, n in zip(inputs, needs, strict=True)]
+
+
+@operator(
+    "delta_rule_backward(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor? initial_state, Tensor? cu_seqlens, Tensor states, "
+    "Tensor do, Tensor? dfinal_state, *, float scale, bool qk_l2norm, bool[6] needs, int? rows=None) -> Tensor[]",
+    _results,
+)
 def backward(
     q,
     k,
@@ -692,12 +704,8 @@ def backward(
     need_q, need_k, need_v, need_beta, need_g, need_state = needs
     compute = torch.promote_types(q.dtype, torch.float32)
 
-    def like(x, needed):
-        return torch.empty(x.shape, dtype=x.dtype, device=x.device) if needed else None
-
-    dq, dk, dv, dbeta, dg = (like(x, n) for x, n in zip((q, k, v, beta, g), needs, strict=False))
-    dinitial_state = like(initial_state, need_state)
-    grads = [dq, dk, dv, dbeta, dg, dinitial_state]
+    grads = _results(q, k, v, beta, g, initial_state, needs=needs)
+    dq, dk, dv, dbeta, dg, dinitial_state = grads
     if N == 0:
         return [x if x is None else x.zero_() for x in grads]
 

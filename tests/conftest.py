@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every test runs under: poisoned allocations, fixed seeds, and the backends this machine has."""
 
+import contextlib
 import os
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 
 # Without a GPU the Triton kernels run in Triton's interpreter, which has to be said before Triton's first import.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
+import simt
 
 import fla_ops
 from fla_ops import _backend, _build
@@ -26,6 +29,8 @@ BACKENDS = [
     for name in _backend.NAMES
     if not all(_backend.why_not(op, name, "cpu", torch.float32, ()) for op in _backend.OPS)
 ]
+# The CUDA kernels, compiled for the host and put in the place of the CPU kernels; lanes run in either order.
+SIMT = {} if simt.why_not() or "native" not in BACKENDS else {f"simt-{order}": order for order in simt.LANE_ORDERS}
 
 
 def _poisoned(allocate):
@@ -66,10 +71,28 @@ def choose_afresh():
     _backend._first_that_runs.cache_clear()
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=[*BACKENDS, *SIMT])
 def backend(request):
-    """Each backend that runs on CPU tensors here."""
-    return request.param
+    """Each backend that runs on CPU tensors here; the CUDA kernels among them, under the name "native"."""
+    if request.param in SIMT:
+        with simt.as_native(SIMT[request.param]):
+            yield "native"
+    else:
+        yield request.param
+
+
+@pytest.fixture
+def ways(request, backend):
+    """`for way in ways(): ...` runs the body once, or for the CPU kernels at every level: for checks too cheap to be
+    tests of their own."""
+
+    def run():
+        name = request.node.callspec.params["backend"]
+        for level in levels.available() if name == "native" else (name,):
+            with levels.use(level) if name == "native" else contextlib.nullcontext():
+                yield level
+
+    return run
 
 
 @pytest.fixture
@@ -111,4 +134,4 @@ def threads():
 
 def pytest_report_header():
     compiler = _build.compiler() or "none"
-    return f"fla_ops {fla_ops.__version__}, torch {torch.__version__}, backends {BACKENDS}, C++ compiler {compiler}"
+    return f"fla_ops {fla_ops.__version__}, torch {torch.__version__}, backends {[*BACKENDS, *SIMT]}, C++ compiler {compiler}"

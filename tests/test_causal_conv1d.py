@@ -31,20 +31,18 @@ def test_results_round_as_torch_rounds(dtype, all_levels):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_matches_reference(dtype, layout, all_levels):
-    """Every width and length, at every level, with a state and a gradient through the final state."""
+def test_matches_reference(dtype, layout, backend, ways):
+    """Every width and length, at every level of the CPU kernels, with a state and a gradient through the final state."""
+    if backend == "reference":
+        pytest.skip("it is what the others are compared with")
     for W, L in itertools.product(range(1, 9), LENGTHS):
         activation = "silu" if (W + L) % 2 else None
         inputs = make(W, L, dtype, bias=L != 3, state=L != 17)
         dy, dfinal = gradients_for(inputs)
-        actual = {
-            level: run(
-                causal_conv1d, inputs, dy, dfinal, layout=LAYOUTS[layout], activation=activation, backend="native"
-            )
-            for level in all_levels()
-        }
-        for level, results in actual.items():
-            check(results, inputs, dy, dfinal, f"level {level}, W={W}, L={L}", activation=activation)
+        options = {"layout": LAYOUTS[layout], "activation": activation, "backend": backend}
+        actual = {way: run(causal_conv1d, inputs, dy, dfinal, **options) for way in ways()}
+        for way, results in actual.items():
+            check(results, inputs, dy, dfinal, f"{way}, W={W}, L={L}", activation=activation)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -57,15 +55,15 @@ def test_backend_matches_reference(dtype, backend):
 
 @pytest.mark.parametrize("layout", ["channel-first", "channel-last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_many_blocks_and_parts(dtype, layout, all_levels):
+def test_many_blocks_and_parts(dtype, layout, backend, ways):
     """Rows longer than a block, more chunks than parts, few channels, and channels in groups."""
     for B, D, L in ((1, 3, 1500), (70, 20, 70), (1, 600, 90)):
         inputs = make(4, L, dtype, B=B, D=D)
         dy, dfinal = gradients_for(inputs)
-        options = {"layout": LAYOUTS[layout], "activation": "silu", "backend": "native"}
-        actual = {level: run(causal_conv1d, inputs, dy, dfinal, **options) for level in all_levels()}
-        for level, results in actual.items():
-            check(results, inputs, dy, dfinal, f"level {level}: {B}, {D}, {L}", activation="silu")
+        options = {"layout": LAYOUTS[layout], "activation": "silu", "backend": backend}
+        actual = {way: run(causal_conv1d, inputs, dy, dfinal, **options) for way in ways()}
+        for way, results in actual.items():
+            check(results, inputs, dy, dfinal, f"{way}: {B}, {D}, {L}", activation="silu")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -149,7 +149,8 @@ def test_one_wheel_serves_every_python(wheel):
     if not has_compiler():
         pytest.skip("no C++ compiler here: the wheel is pure Python")
     names = zipfile.ZipFile(wheel).namelist()
-    assert [n for n in names if n.endswith(".so")] == ["fla_ops/_C.abi3.so"]
+    built = {"fla_ops/_C.abi3.so"} | ({"fla_ops/_C_cuda.abi3.so"} if _build.why_not_cuda() is None else set())
+    assert {n for n in names if n.endswith(".so")} == built
     platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
     assert wheel.name == f"fla_ops-{fla_ops.__version__}-cp310-abi3-{platform}.whl"
 
@@ -159,7 +160,7 @@ def test_the_licence_is_named_in_every_source():
         *ROOT.glob("*.py"),
         *(p for f in ("fla_ops", "kernels", "csrc", "tests") for p in (ROOT / f).rglob("*")),
     ]:
-        if path.suffix in (".py", ".cpp", ".h", ".inc"):
+        if path.suffix in (".py", ".cpp", ".cu", ".h", ".inc"):
             assert "SPDX-License-Identifier: Apache-2.0" in path.read_text().splitlines()[0], path
 
 

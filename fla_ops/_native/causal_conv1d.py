@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The native CPU backend of the causal convolution: `csrc/causal_conv1d_cpu.cpp` behind `torch.ops.fla_ops`."""
+"""The native backend of the causal convolution: `csrc/causal_conv1d_{cpu.cpp,cuda.cu}` behind `torch.ops.fla_ops`."""
 
 import torch
 
-from . import load
+from .. import _native
 
-_load_error = load("causal_conv1d_forward", "causal_conv1d_backward", "causal_conv1d_step")
+_OPS = ("causal_conv1d_forward", "causal_conv1d_backward", "causal_conv1d_step")
+_load_error = _native.load(*_OPS)
 
 
 def why_not(device: str, dtype: torch.dtype, *sizes: int) -> str | None:
     """The reason why this backend cannot run, or None."""
-    return _load_error
+    return _native.load_cuda(*_OPS) if device == "cuda" else _load_error
 
 
 def _unit_stride(x: torch.Tensor, dim: int) -> bool:
@@ -37,7 +38,7 @@ def _with_layout_of(x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
 def forward(x, weight, bias, initial_state, cu_seqlens, *, activation):
     """(y, final_state)."""
     x = _with_layout(x)
-    return torch.ops.fla_ops.causal_conv1d_forward(x, weight, bias, initial_state, cu_seqlens, activation is not None)
+    return _native.ops.causal_conv1d_forward(x, weight, bias, initial_state, cu_seqlens, activation is not None)
 
 
 def backward(x, weight, bias, initial_state, cu_seqlens, dy, dfinal_state, *, activation, needs):
@@ -46,9 +47,7 @@ def backward(x, weight, bias, initial_state, cu_seqlens, dy, dfinal_state, *, ac
     dy = _with_layout_of(x, dy)
     mask = sum(bit << i for i, bit in enumerate(needs))
     silu = activation is not None
-    grads = torch.ops.fla_ops.causal_conv1d_backward(
-        x, weight, bias, initial_state, cu_seqlens, silu, dy, dfinal_state, mask
-    )
+    grads = _native.ops.causal_conv1d_backward(x, weight, bias, initial_state, cu_seqlens, silu, dy, dfinal_state, mask)
     grads = [d if need else None for d, need in zip(grads, needs, strict=True)]
     if grads[3] is not None:
         grads[3] = grads[3].to(initial_state.dtype)
@@ -57,10 +56,10 @@ def backward(x, weight, bias, initial_state, cu_seqlens, dy, dfinal_state, *, ac
 
 def step(x, weight, bias, *, state, activation, state_indices):
     """y; `state` is written in place."""
-    return torch.ops.fla_ops.causal_conv1d_step(x, weight, bias, state, activation is not None, state_indices)
+    return _native.ops.causal_conv1d_step(x, weight, bias, state, activation is not None, state_indices)
 
 
-def _register_fakes() -> None:
+def register_fakes(namespace: str = "fla_ops") -> None:
     """Shapes, dtypes and layouts for torch.compile and FakeTensor."""
 
     def empty_with_layout(x):
@@ -72,11 +71,11 @@ def _register_fakes() -> None:
         accumulator = torch.promote_types(x.dtype, torch.float32)
         return x.new_empty(N, x.shape[1], weight.shape[1] - 1, dtype=accumulator)
 
-    @torch.library.register_fake("fla_ops::causal_conv1d_forward")
+    @torch.library.register_fake(f"{namespace}::causal_conv1d_forward")
     def _(x, weight, bias, initial_state, cu_seqlens, silu):
         return empty_with_layout(x), empty_state(x, weight, cu_seqlens)
 
-    @torch.library.register_fake("fla_ops::causal_conv1d_backward")
+    @torch.library.register_fake(f"{namespace}::causal_conv1d_backward")
     def _(x, weight, bias, initial_state, cu_seqlens, silu, dy, dfinal_state, needs):
         return (
             empty_with_layout(x) if needs & 1 else x.new_empty(0),
@@ -85,10 +84,10 @@ def _register_fakes() -> None:
             empty_state(x, weight, cu_seqlens) if needs & 8 else x.new_empty(0),
         )
 
-    @torch.library.register_fake("fla_ops::causal_conv1d_step")
+    @torch.library.register_fake(f"{namespace}::causal_conv1d_step")
     def _(x, weight, bias, state, silu, state_indices):
         return x.new_empty(x.shape)
 
 
 if _load_error is None:
-    _register_fakes()
+    register_fakes()

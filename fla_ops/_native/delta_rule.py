@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The native CPU backend of the delta rule: `csrc/delta_rule_cpu.cpp` behind `torch.ops.fla_ops`."""
+"""The native backend of the delta rule: `csrc/delta_rule_{cpu.cpp,cuda.cu}` behind `torch.ops.fla_ops`."""
 
 import torch
 
-from . import load
+from .. import _native
 
-_load_error = load("delta_rule_forward", "delta_rule_backward", "delta_rule_step")
+_OPS = ("delta_rule_forward", "delta_rule_backward", "delta_rule_step")
+_load_error = _native.load(*_OPS)
 MAX_HEAD_DIM = 256
 BLOCK = 64  # tokens per saved state
 
 
 def why_not(device: str, dtype: torch.dtype, *sizes: int) -> str | None:
     """The reason why this backend cannot run head dimensions `sizes`, or None."""
-    if _load_error:
-        return _load_error
+    missing = _native.load_cuda(*_OPS) if device == "cuda" else _load_error
+    if missing:
+        return missing
     if any(s > MAX_HEAD_DIM for s in sizes):
         return f"head dimensions go up to {MAX_HEAD_DIM}, got {max(sizes)}"
     return None
@@ -29,8 +31,9 @@ def _widened(q: torch.Tensor, v: torch.Tensor) -> bool:
 
     With a handful of channels many keys of a chunk are parallel, and a product of (1 - beta) cancels to less than the
     rounding of the chunk's sums; the step loop, which sums nothing, keeps it. For such heads float64 costs little.
+    The CUDA kernels are that loop.
     """
-    return q.dtype == torch.float32 and min(q.shape[-1], v.shape[-1]) <= 8
+    return q.device.type == "cpu" and q.dtype == torch.float32 and min(q.shape[-1], v.shape[-1]) <= 8
 
 
 def forward(q, k, v, beta, g, initial_state, cu_seqlens, *, scale, qk_l2norm, save_states):
@@ -39,7 +42,7 @@ def forward(q, k, v, beta, g, initial_state, cu_seqlens, *, scale, qk_l2norm, sa
     if narrow:
         q, k, v = q.double(), k.double(), v.double()
     q, k, v, initial_state = _rows(q, k, v, initial_state)
-    o, final_state, states = torch.ops.fla_ops.delta_rule_forward(
+    o, final_state, states = _native.ops.delta_rule_forward(
         q, k, v, beta, g, scale, initial_state, cu_seqlens, qk_l2norm, save_states
     )
     return (o.float(), final_state.float(), states) if narrow else (o, final_state, states)
@@ -67,7 +70,7 @@ def backward(
         q, k, v, do = q.double(), k.double(), v.double(), do.double()
     q, k, v, do, initial_state, dfinal_state = _rows(q, k, v, do, initial_state, dfinal_state)
     mask = sum(bit << i for i, bit in enumerate(needs))
-    grads = torch.ops.fla_ops.delta_rule_backward(
+    grads = _native.ops.delta_rule_backward(
         q,
         k,
         v,
@@ -93,19 +96,19 @@ def backward(
 def step(q, k, v, beta, g, *, state, scale, qk_l2norm, state_indices):
     """o; `state` is written in place."""
     q, k, v, rows = _rows(q, k, v, state)
-    o = torch.ops.fla_ops.delta_rule_step(q, k, v, beta, g, rows, scale, qk_l2norm, state_indices)
+    o = _native.ops.delta_rule_step(q, k, v, beta, g, rows, scale, qk_l2norm, state_indices)
     if rows is not state:  # a transposed view: the kernel wrote a copy
         state.copy_(rows)
     return o
 
 
-def _register_fakes() -> None:
+def register_fakes(namespace: str = "fla_ops") -> None:
     """Shapes and dtypes for torch.compile and FakeTensor."""
 
     def accumulator(q):
         return torch.promote_types(q.dtype, torch.float32)
 
-    @torch.library.register_fake("fla_ops::delta_rule_forward")
+    @torch.library.register_fake(f"{namespace}::delta_rule_forward")
     def _(q, k, v, beta, g, scale, initial_state, cu_seqlens, qk_l2norm, save_states):
         B, T, _, K = q.shape
         HV, V = v.shape[2:]
@@ -117,17 +120,17 @@ def _register_fakes() -> None:
         saved = (blocks, HV, K, V) if save_states else (0,)
         return o, final, v.new_empty(saved, dtype=accumulator(q))
 
-    @torch.library.register_fake("fla_ops::delta_rule_backward")
+    @torch.library.register_fake(f"{namespace}::delta_rule_backward")
     def _(q, k, v, beta, g, scale, initial_state, cu_seqlens, qk_l2norm, states, do, dfinal, needs):
         N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         state = v.new_empty(N, v.shape[2], q.shape[3], v.shape[3], dtype=accumulator(q))
         shapes = (q, k, v, beta, q.new_empty(0) if g is None else g, state)
         return tuple(x.new_empty(x.shape if needs >> i & 1 else (0,)) for i, x in enumerate(shapes))
 
-    @torch.library.register_fake("fla_ops::delta_rule_step")
+    @torch.library.register_fake(f"{namespace}::delta_rule_step")
     def _(q, k, v, beta, g, state, scale, qk_l2norm, state_indices):
         return v.new_empty(v.shape)
 
 
 if _load_error is None:
-    _register_fakes()
+    register_fakes()

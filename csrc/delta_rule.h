@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What the delta rule's CPU and CUDA kernels agree on with their callers.
+#pragma once
+
+namespace fla_ops {
+
+constexpr int kMaxHeadDim = 256;
+constexpr int kCheckpointTokens = 64;  // training keeps one state per this many tokens
+
+// Bits of the gradients asked for.
+enum Needs : int { kNeedQ = 1, kNeedK = 2, kNeedV = 4, kNeedBeta = 8, kNeedG = 16, kNeedState = 32 };
+
+}  // namespace fla_ops

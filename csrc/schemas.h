@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The schemas of every native op. CPU and CUDA kernels share them, told apart by their dispatch key.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+namespace fla_ops {
+
+inline void define_ops(torch::stable::detail::StableLibrary& m) {
+  m.def(
+      "causal_conv1d_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, "
+      "Tensor? cu_seqlens, bool silu) -> (Tensor y, Tensor final_state)");
+  m.def(
+      "causal_conv1d_backward(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, "
+      "Tensor? cu_seqlens, bool silu, Tensor dy, Tensor? dfinal_state, int needs) "
+      "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)");
+  m.def(
+      "causal_conv1d_step(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) state, bool silu, "
+      "Tensor? state_indices) -> Tensor");
+  m.def(
+      "delta_rule_forward(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, float scale, "
+      "Tensor? initial_state, Tensor? cu_seqlens, bool qk_l2norm, bool save_states) "
+      "-> (Tensor o, Tensor final_state, Tensor states)");
+  // needs: which gradients to compute, 1 q, 2 k, 4 v, 8 beta, 16 g, 32 initial_state.
+  m.def(
+      "delta_rule_backward(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, float scale, "
+      "Tensor? initial_state, Tensor? cu_seqlens, bool qk_l2norm, Tensor states, Tensor do, "
+      "Tensor? dfinal_state, int needs) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbeta, "
+      "Tensor dg, Tensor dinitial_state)");
+  m.def(
+      "delta_rule_step(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor(a!) state, "
+      "float scale, bool qk_l2norm, Tensor? state_indices) -> Tensor");
+}
+
+}  // namespace fla_ops

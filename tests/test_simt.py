@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shim that runs the CUDA kernels on the host: it must be right, and must stop what a GPU would let pass.
+
+Its own kernels are in simt_kernels.cu. A wrong kernel ends the process, so each one runs in its own.
+"""
+
+import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import simt
+import torch
+
+from fla_ops import _build, causal_conv1d
+from fla_ops.reference.causal_conv1d import causal_conv1d as reference
+
+pytestmark = pytest.mark.skipif(simt.why_not() is not None, reason=str(simt.why_not()))
+
+HERE = Path(__file__).parent
+ORDERS = simt.LANE_ORDERS
+
+
+@pytest.fixture(scope="module", params=["assembly", "ucontext"])
+def kernels(request, tmp_path_factory):
+    """`kernels("name", "ascending")` runs one kernel of simt_kernels.cu; with both ways to switch."""
+    program = tmp_path_factory.mktemp(request.param) / "simt_kernels"
+    flags = _build.simt_flags(simt.CSRC) + ["-DFLA_SIMT_UCONTEXT"] * (request.param == "ucontext")
+    sources = [HERE / "simt_kernels.cu", simt.CSRC / "simt_shim.cpp"]
+    command = [_build.compiler(), *flags, "-Wall", "-x", "c++", *sources, "-o", program]
+    subprocess.run(list(map(str, command)), check=True)
+
+    def run(name, order):
+        return subprocess.run([program, name, order], capture_output=True, text=True, check=False)
+
+    return run
+
+
+def numbers(done):
+    assert done.returncode == 0, done.stderr
+    return [float(word) for word in done.stdout.split()]
+
+
+RIGHT = {
+    "reverse": [63.0 - i for i in range(64)],
+    "block_sum": [63.0 * 32] * 64,
+    "rotate_twice": [(i + 2.0) % 64 for i in range(64)],
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_barriers(kernels, order):
+    for name, expected in RIGHT.items():
+        assert numbers(kernels(f"{name}<true>", order)) == expected, name
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_dropped_barrier_shows(kernels, name):
+    """In one lane order at least, the result is wrong."""
+    results = [numbers(kernels(f"{name}<false>", order)) for order in ORDERS]
+    assert any(result != RIGHT[name] for result in results)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_shared_memory_is_poisoned_before_every_block(kernels, order):
+    assert all(math.isnan(x) for x in numbers(kernels("unwritten", order)))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_warp_intrinsics(kernels, order):
+    def shuffled(source):
+        """Lane i of each warp gets what lane source(i) has."""
+        return [32 * warp + source(i) for warp in range(2) for i in range(32)]
+
+    expected = [
+        shuffled(lambda i: 5),
+        shuffled(lambda i: i // 8 * 8 + 1),
+        shuffled(lambda i: (i + 1) % 32),
+        shuffled(lambda i: i - 3 if i >= 3 else i),
+        shuffled(lambda i: i - 3 if i % 8 >= 3 else i),
+        shuffled(lambda i: i + 2 if i < 30 else i),
+        shuffled(lambda i: i + 2 if i % 16 < 14 else i),
+        shuffled(lambda i: i ^ 16),
+        shuffled(lambda i: i ^ 1),
+        [7] * 64,
+        [0] * 32 + [1] * 32,
+        [1] * 32 + [0] * 32,
+    ]
+    found = numbers(kernels("intrinsics", order))
+    assert [found[i : i + 64] for i in range(0, len(found), 64)] == expected
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_three_dimensions(kernels, order):
+    assert numbers(kernels("three_dimensions", order)) == [1000.0 * b + t for b in range(8) for t in range(64)]
+
+
+PLACE = r"\S*simt_kernels\.cu:\d+"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    {
+        "barrier_after_exit": rf"threads 0-47: at __syncthreads, {PLACE}\n  threads 48-63: exited",
+        "two_barriers": rf"threads 0-31: at __syncthreads, {PLACE}\n  threads 32-63: at __syncthreads, {PLACE}",
+        "barrier_and_shuffle": rf"threads 0, 2, 4, .*: at __shfl_sync, {PLACE}\n  threads 1, 3, .*: at __syncthreads",
+        "two_shuffles": r"lanes of a warp wait at different places",
+        "narrow_mask": r"mask of __shfl_xor_sync leaves out live lanes",
+        "exited_lane": r"thread 32 reads from lane 1, which has exited",
+        "behind_shared_memory": r"wrote behind the 256 bytes of dynamic shared memory",
+        "too_much_shared_memory": r"102400 bytes of dynamic shared memory; every GPU has only 99 KB",
+        "too_many_threads": r"1 to 1024 threads",
+        "too_large_a_grid": r"grid is limited",
+    }.items(),
+)
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_is_undefined_on_a_gpu_stops_the_process(kernels, name, said, order):
+    done = kernels(name, order)
+    assert done.returncode < 0, done.stdout  # by a signal
+    assert re.match(rf"fla_ops simt: kernel {name}, block \(0, 0, 0\)", done.stderr), done.stderr
+    assert re.search(said, done.stderr), done.stderr
+
+
+def test_an_empty_grid_is_no_launch(kernels):
+    assert numbers(kernels("empty_grid", "ascending")) == [-1.0]
+
+
+# The package's kernels.
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_runs_the_cuda_kernels(order):
+    x, weight = torch.randn(2, 3, 40), torch.randn(3, 4)
+    with simt.as_native(order):
+        y = causal_conv1d(x, weight, backend="native").y
+    torch.testing.assert_close(y, reference(x.double(), weight.double())[0].float())
+
+
+@pytest.mark.slow
+def test_a_barrier_dropped_from_a_real_kernel_shows(tmp_path):
+    """Each __syncthreads of the convolution, taken out of a copy, changes a gradient in one of the lane orders."""
+    source = (simt.CSRC / "causal_conv1d_cuda.cu").read_text()
+    places = [m.start() for m in re.finditer(r"__syncthreads\(\);", source)]
+    assert places
+    x, weight, dy = torch.randn(1, 40, 1000), torch.randn(40, 4), torch.randn(1, 40, 1000)
+    arguments = (x, weight, None, None, None, False, dy, None, 15)
+
+    def gradients(ops):
+        for order in ORDERS:
+            with simt.lane_order(order, ops):
+                yield torch.cat([d.flatten() for d in ops.causal_conv1d_backward(*arguments)])
+
+    simt.load()
+    right, other = gradients(torch.ops.fla_ops_simt)
+    assert torch.equal(right, other)
+    for i, place in enumerate(places):
+        copy = tmp_path / f"csrc{i}"
+        shutil.copytree(simt.CSRC, copy)
+        mutant = source[:place] + source[place:].replace("__syncthreads();", "", 1)
+        (copy / "causal_conv1d_cuda.cu").write_text(mutant)
+        namespace = f"fla_ops_simt_mutant{i}"
+        _build.build_simt(copy, tmp_path / f"{namespace}.so", namespace)
+        torch.ops.load_library(tmp_path / f"{namespace}.so")
+        found = gradients(getattr(torch.ops, namespace))
+        assert not all(torch.equal(right, got) for got in found), f"barrier {i} can go"
+
+
+def conv_calls(dtype):
+    """Every kernel of the convolution: two layouts, packed and not, steps, more strips than one."""
+    x, weight, bias = torch.randn(1, 7, 90).to(dtype), torch.randn(7, 4).to(dtype), torch.randn(7).to(dtype)
+    for layout in (x, x.transpose(1, 2).contiguous().transpose(1, 2)):
+        for bounds in (None, torch.tensor([0, 1, 1, 40, 90], dtype=torch.int32)):
+            N = 1 if bounds is None else 4
+            state = torch.randn(N, 7, 3)
+            yield "forward", (layout, weight, bias, state, bounds, True)
+            yield "backward", (layout, weight, bias, state, bounds, True, layout, state, 15)
+    yield "step", (x[0].T, weight, bias, torch.randn(90, 7, 3), True, None)
+    yield "step", (x[0, :, :3].T, weight, bias, torch.randn(5, 7, 3), False, torch.tensor([4, -1, 0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_lane_orders_agree_bit_for_bit(dtype):
+    simt.load()
+    for op, arguments in conv_calls(dtype):
+        results = []
+        for order in ORDERS:
+            given = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+            with simt.lane_order(order):
+                out = getattr(torch.ops.fla_ops_simt, f"causal_conv1d_{op}")(*given)
+            results.append([*([out] if op == "step" else out), *(a for a in given if isinstance(a, torch.Tensor))])
+        for first, second in zip(*results, strict=True):
+            assert torch.equal(first, second), op
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_bounds_and_slots_that_only_the_device_knows(order):
+    """What no sequence covers is 0, bounds are clamped into the row, slots outside of the state are skipped."""
+    simt.load()
+    ops = torch.ops.fla_ops_simt
+    x, weight, bias = torch.randn(1, 5, 70), torch.randn(5, 4), torch.randn(5)
+    with simt.lane_order(order):
+        for bounds, covered in (([2, 5, 65], slice(2, 65)), ([-9, 5, 99], slice(0, 70)), ([5], slice(0, 0))):
+            bounds = torch.tensor(bounds)
+            y, final = ops.causal_conv1d_forward(x, weight, bias, None, bounds, True)
+            grads = ops.causal_conv1d_backward(x, weight, bias, None, bounds, True, x, final, 15)
+            inside = torch.tensor([0, *bounds[1:-1], 70]) - torch.tensor(covered.start)
+            inside = inside.clamp(0, covered.stop - covered.start) if len(bounds) > 1 else bounds[:1] - 5
+            part = x[:, :, covered]
+            same = ops.causal_conv1d_forward(part, weight, bias, None, inside, True)
+            gradients = ops.causal_conv1d_backward(part, weight, bias, None, inside, True, part, final, 15)
+            for whole, piece in ((y, same[0]), (grads[0], gradients[0])):
+                assert torch.equal(whole[:, :, covered], piece)
+                assert not whole[:, :, : covered.start].any() and not whole[:, :, covered.stop :].any()
+            assert torch.equal(final, same[1]) and torch.equal(grads[3], gradients[3])
+            torch.testing.assert_close(grads[1], gradients[1])
+        for bounds in ([0, 60, 3, 70], [70, 0], [-5, -1, -3], [9, 2**40, -(2**40), 1]):
+            bounds = torch.tensor(bounds)
+            y, final = ops.causal_conv1d_forward(x, weight, bias, None, bounds, True)
+            grads = ops.causal_conv1d_backward(x, weight, bias, None, bounds, True, x, final, 15)
+            assert all(result.isfinite().all() for result in (y, final, *grads))
+        state = torch.randn(3, 5, 3)
+        before = state.clone()
+        y = ops.causal_conv1d_step(x[0, :, :3].T, weight, bias, state, True, torch.tensor([3, -2, 1]))
+        assert not y[:2].any() and y[2].any()
+        assert torch.equal(state[[0, 2]], before[[0, 2]]) and torch.equal(state[1, :, :2], before[1, :, 1:])
