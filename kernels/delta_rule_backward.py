@@ -395,6 +395,15 @@ def _zero_uncovered(x, slot, cu_seqlens, N, T, row_stride, columns, ROWS: tl.con
 
 
 @triton.jit
+def _rows_of(x, stride, rows, columns, BT: tl.constexpr, BD: tl.constexpr):
+    """A tile [BT, BD] from its first element on, zeros outside of [0, rows) x [0, columns); 32-bit offsets."""
+    row = tl.arange(0, BT)
+    column = tl.arange(0, BD)
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    return tl.load(x + ((row * stride)[:, None] + column[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
 def _through_norm(dx, x):
     """The gradient of rows x from r times that of r x, where r is one over the norm of a row."""
     x = x.to(dx.dtype)
@@ -455,27 +464,28 @@ def query_gradients_kernel(
     q += tl.multiple_of(batch * q_b, ALIGN) + token * q_t + head * q_h
     k += tl.multiple_of(batch * k_b, ALIGN) + token * k_t + head * k_h
     grad = tl.zeros((BT, BK), compute)
-    for hv in range(head * group, head * group + group):
+    for member in range(group):
+        hv = head * group + member
         at = tl.cast(slot, tl.int64) * HV + hv
         do_at = do + tl.multiple_of(batch * do_b, ALIGN) + token * do_t + hv * do_h
         state = tl.zeros((BT, BK), compute)
         scores = tl.zeros((BT, BT), compute)
         for first in tl.range(0, V, BV, num_stages=STAGES):
             columns = V - first
-            do_tile = load_tile(do_at + first, 0, live, do_t, columns, BT, BV, False)
-            S_tile = load_tile(S0 + at * (K * V) + first, 0, K, V, columns, BK, BV, False)
-            X_tile = load_tile(X + at * (BT * V) + first, 0, BT, V, columns, BT, BV, False)
+            do_tile = _rows_of(do_at + first, do_t, live, columns, BT, BV)
+            S_tile = _rows_of(S0 + at * (K * V) + first, V, K, columns, BK, BV)
+            X_tile = _rows_of(X + at * (BT * V) + first, V, BT, columns, BT, BV)
             state = dot(do_tile, tl.trans(S_tile), state, PRECISION)
             scores = dot(do_tile, tl.trans(X_tile), scores, PRECISION)
         line = (batch * HV + hv) * T + token + row
         b = tl.load(factors + line + factor_step, mask=row < live, other=0.0)
         state = state * b[:, None]
         if dg_start is not None:
-            own = tl.sum(state * load_tile(q, 0, live, q_t, K, BT, BK, False), 1)
+            own = tl.sum(state * _rows_of(q, q_t, live, K, BT, BK), 1)
             tl.store(dg_start + line, own, mask=row < live)
         if dq is not None:
             grad += state
-            k_tile = load_tile(k, 0, live, k_t, K, BT, BK, False)
+            k_tile = _rows_of(k, k_t, live, K, BT, BK)
             if gamma is not None:
                 scores = scores * tl.load(gamma + at * (BT * BT) + row[:, None] * BT + row[None, :])
             if norms is not None:
@@ -486,7 +496,7 @@ def query_gradients_kernel(
             grad = dot(cast(scores, narrow), k_tile, grad, PRECISION)
     if dq is not None:
         if norms is not None:
-            grad = _through_norm(grad, load_tile(q, 0, live, q_t, K, BT, BK, False))
+            grad = _through_norm(grad, _rows_of(q, q_t, live, K, BT, BK))
         store_tile(dq, cast(grad, narrow), token, live, H * K, K, BT, BK, False)
 
 
@@ -572,7 +582,8 @@ def key_gradients_kernel(
     q += tl.multiple_of(batch * q_b, ALIGN) + token * q_t + head * q_h
     k += tl.multiple_of(batch * k_b, ALIGN) + token * k_t + head * k_h
     grad = tl.zeros((BT, BK), compute)
-    for hv in range(head * group, head * group + group):
+    for member in range(group):
+        hv = head * group + member
         at = tl.cast(slot, tl.int64) * HV + hv
         do_at = do + tl.multiple_of(batch * do_b, ALIGN) + token * do_t + hv * do_h
         v_at = v + tl.multiple_of(batch * v_b, ALIGN) + token * v_t + hv * v_h
@@ -585,28 +596,29 @@ def key_gradients_kernel(
         scores = tl.zeros((BT, BT), compute)
         for first in tl.range(0, V, BV, num_stages=STAGES):
             columns = V - first
-            X_tile = load_tile(X + at * (BT * V) + first, 0, BT, V, columns, BT, BV, False)
-            do_tile = load_tile(do_at + first, 0, live, do_t, columns, BT, BV, False)
-            dS_tile = load_tile(dS + at * (K * V) + first, 0, K, V, columns, BK, BV, False)
+            X_tile = _rows_of(X + at * (BT * V) + first, V, BT, columns, BT, BV)
+            do_tile = _rows_of(do_at + first, do_t, live, columns, BT, BV)
+            dS_tile = _rows_of(dS + at * (K * V) + first, V, K, columns, BK, BV)
             state = dot(X_tile, tl.trans(dS_tile), state, PRECISION)
             scores = dot(X_tile, tl.trans(do_tile), scores, PRECISION)
-        k_tile = load_tile(k, 0, live, k_t, K, BT, BK, False)
         state = state * c[:, None]
-        if dg is not None:
-            to_end = tl.sum(state * k_tile, 1)
-            P_tile = tl.load(P + at * (BT * BT) + row[None, :] * BT + row[:, None])
-            paths = tl.where(upper, scores * P_tile, 0.0)
         if dk is not None:
             grad += state
-            q_tile = load_tile(q, 0, live, q_t, K, BT, BK, False)
+        if dg is not None:
+            # [j, m]: the paths over m that start in j, by way of P to m or later, or of the exit state.
+            to_end = tl.sum(state * _rows_of(k, k_t, live, K, BT, BK), 1)
+            paths = scores * tl.load(P + at * (BT * BT) + row[None, :] * BT + row[:, None])
+            paths = tl.cumsum(tl.where(upper, paths, 0.0), 1, reverse=True) + to_end[:, None]
+            gate = tl.sum(tl.where(upper, paths, 0.0), 0)
+        if dk is not None:
             if gamma is not None:
                 scores = scores * tl.load(gamma + at * (BT * BT) + row[:, None] * BT + row[None, :])
             if norms is not None:
                 r_k = tl.load(norms + line, mask=alive, other=0.0)
                 r_q = tl.load(norms + line + factor_step, mask=alive, other=0.0)
                 scores = scores * r_k[:, None] * r_q[None, :]
-            scores = tl.where(lower, 0.0, scores * scale)
-            grad = dot(cast(scores, narrow), q_tile, grad, PRECISION)
+            scores = cast(tl.where(lower, 0.0, scores * scale), narrow)
+            grad = dot(scores, _rows_of(q, q_t, live, K, BT, BK), grad, PRECISION)
 
         # Through the chunk's entry state, and through the inverse.
         state = tl.zeros((BT, BK), compute)
@@ -615,18 +627,20 @@ def key_gradients_kernel(
         dots = tl.zeros((BT,), compute)
         for first in tl.range(0, V, BV, num_stages=STAGES):
             columns = V - first
-            dR_tile = load_tile(dR + at * (BT * V) + first, 0, BT, V, columns, BT, BV, False)
-            X_tile = load_tile(X + at * (BT * V) + first, 0, BT, V, columns, BT, BV, False)
-            S_tile = load_tile(S0 + at * (K * V) + first, 0, K, V, columns, BK, BV, False)
+            dR_tile = _rows_of(dR + at * (BT * V) + first, V, BT, columns, BT, BV)
+            X_tile = _rows_of(X + at * (BT * V) + first, V, BT, columns, BT, BV)
+            S_tile = _rows_of(S0 + at * (K * V) + first, V, K, columns, BK, BV)
             state = dot(dR_tile, tl.trans(S_tile), state, PRECISION)
             over = dot(X_tile, tl.trans(dR_tile), over, PRECISION)
             under = dot(dR_tile, tl.trans(X_tile), under, PRECISION)
             if dbeta is not None:
-                v_tile = load_tile(v_at + first, 0, live, v_t, columns, BT, BV, False)
+                v_tile = _rows_of(v_at + first, v_t, live, columns, BT, BV)
                 dots += tl.sum(dR_tile.to(compute) * v_tile, 1)
         state = state * a[:, None]
-        k_tile = load_tile(k, 0, live, k_t, K, BT, BK, False)
-        dots_state = tl.sum(state * k_tile, 1)
+        k_tile = _rows_of(k, k_t, live, K, BT, BK)
+        from_start = tl.sum(state * k_tile, 1)
+        if dk is not None:
+            grad -= state * rate[:, None]
         if gamma is not None:
             between = tl.load(gamma + at * (BT * BT) + row[:, None] * BT + row[None, :]).to(compute)
             under = under * between
@@ -640,27 +654,27 @@ def key_gradients_kernel(
         if (dbeta is not None) or (dg is not None):
             kk = dot(k_tile, tl.trans(k_tile), None, PRECISION)
         if dbeta is not None:
-            dots -= dots_state + tl.sum(under * kk, 1)
+            dots -= from_start + tl.sum(under * kk, 1)
             tl.store(dbeta + (token + row) * HV + hv, cast(dots, dbeta.dtype.element_ty), mask=alive)
         if dg is not None:
-            start = tl.load(dg_start + line, mask=alive, other=0.0) - rate * dots_state
-            paths = tl.cumsum(paths - over * kk, 1, reverse=True)  # [j, m]: paths from j to m and later
-            paths = tl.sum(tl.where(upper, paths + to_end[:, None], start[:, None]), 0)
+            # The same by way of the inverse, and from the entry state to m or later.
+            start = tl.load(dg_start + line, mask=alive, other=0.0) - rate * from_start
+            paths = tl.cumsum(over * -kk, 1, reverse=True)
+            gate += tl.sum(tl.where(upper, paths, start[:, None]), 0)
             total = tl.load(decay + at)
-            across = tl.zeros((BK, ), compute)
-            for first in tl.range(0, V, BV, num_stages=STAGES):
+            across = tl.zeros((BK,), compute)
+            for first in tl.range(0, V, BV, num_stages=1):
                 columns = V - first
-                S_tile = load_tile(S0 + at * (K * V) + first, 0, K, V, columns, BK, BV, False)
-                dS_tile = load_tile(dS + at * (K * V) + first, 0, K, V, columns, BK, BV, False)
+                S_tile = _rows_of(S0 + at * (K * V) + first, V, K, columns, BK, BV)
+                dS_tile = _rows_of(dS + at * (K * V) + first, V, K, columns, BK, BV)
                 across += tl.sum(S_tile.to(compute) * dS_tile, 1)
-            paths += tl.where(total == 0, 0.0, total * tl.sum(across, 0))
-            tl.store(dg + (token + row) * HV + hv, cast(paths, dg.dtype.element_ty), mask=alive)
+            gate += tl.where(total == 0, 0.0, total * tl.sum(across, 0))
+            tl.store(dg + (token + row) * HV + hv, cast(gate, dg.dtype.element_ty), mask=alive)
         if dk is not None:
-            grad -= state * rate[:, None]
             grad = dot(cast(-under * rate[:, None] - over, narrow), k_tile, grad, PRECISION)
     if dk is not None:
         if norms is not None:
-            grad = _through_norm(grad, load_tile(k, 0, live, k_t, K, BT, BK, False))
+            grad = _through_norm(grad, _rows_of(k, k_t, live, K, BT, BK))
         store_tile(dk, cast(grad, narrow), token, live, H * K, K, BT, BK, False)
 
 
