@@ -99,11 +99,13 @@ def _load_run(
         for i in tl.static_range(COUNT):
             columns = columns + (runs[SKIP + i],)
     else:
+        at += FIRST * stride_t
         for i in tl.static_range(COUNT):
             mask = live
             if MASKED:
                 mask = mask & (time + (FIRST + i) >= 0) & (time + (FIRST + i) < L)
-            columns = columns + (tl.load(at + (FIRST + i) * stride_t, mask=mask, other=0).to(dtype),)
+            columns = columns + (tl.load(at, mask=mask, other=0).to(dtype),)
+            at += stride_t  # step by step: a product for each token would wait in a register
     return columns
 
 
@@ -123,7 +125,8 @@ def _store_run(
             mask = live
             if MASKED:
                 mask = mask & (time + i < L)
-            tl.store(at + i * stride_t, columns[i].to(dtype), mask=mask)
+            tl.store(at, columns[i].to(dtype), mask=mask)
+            at += stride_t
 
 
 # ----------------------------------------------------------------------------- sequences, taps, activation
@@ -258,7 +261,8 @@ def _forward_tile(
     results = ()
     for i in tl.static_range(RUN):
         if not VECTORS:  # token by token, which needs fewer registers
-            columns = columns + _load_run(x_at, x_stride_t, time, live, L, i, 1, RUN, VECTORS, MASKED)
+            columns = columns + _load_run(x_at, x_stride_t, time + i, live, L, 0, 1, RUN, VECTORS, MASKED)
+            x_at += x_stride_t
         n, age, left = low, time, time
         if MASKED:
             n, age, left = _place(cu_seqlens, time + i, low, high, L)
@@ -318,9 +322,7 @@ def _forward_kernel(
         time, channel = _lanes(T_AXIS, BT, BD, RUN)
         time = t0 + time
         channel = channel_block * BD + channel
-        taps, offset = _load_weight(
-            weight, weight_stride_d, weight_stride_w, bias, bias_stride, channel, D, W, dtype
-        )
+        taps, offset = _load_weight(weight, weight_stride_d, weight_stride_w, bias, bias_stride, channel, D, W, dtype)
         live = tl.broadcast(channel < D, time >= 0)[0]
         channel = channel.to(tl.int64)
         x_at = x + b * x_stride_b + channel * x_stride_d + time * x_stride_t
@@ -381,11 +383,13 @@ def _backward_tile(
         if MASKED:
             n, age, left = _place(cu_seqlens, time + i, low, high, L)
         if not VECTORS:  # token by token, which needs fewer registers
-            dy = dy + _load_run(dy_at, dy_stride_t, time, live, L, i, 1, RUN, VECTORS, MASKED)
+            dy = dy + _load_run(dy_at, dy_stride_t, time + i, live, L, 0, 1, RUN, VECTORS, MASKED)
+            dy_at += dy_stride_t
         d = dy[i]
         if SILU or (NEED_SUMS and i < RUN):
             if not VECTORS:
-                columns = columns + _load_run(x_at, x_stride_t, time, live, L, i, 1, RUN, VECTORS, MASKED)
+                columns = columns + _load_run(x_at, x_stride_t, time + i, live, L, 0, 1, RUN, VECTORS, MASKED)
+                x_at += x_stride_t
             taps = _taps(columns, W - 1 + i, n, age, state_at, state_stride_n, state_stride_w, live, W, MASKED)
         if SILU:
             d = _through_activation(d, _convolve(taps, weight, bias, W), SILU)
@@ -424,14 +428,14 @@ def _initial_state_gradient(
     """A tile of one run, the first W-1 tokens of a sequence. The tensors point at its batch entry and its rows."""
     dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     channel = d0 + tl.arange(0, BD)
-    taps, offset = _load_weight(
-        weight, weight_stride_d, weight_stride_w, bias, bias_stride, channel, D, W, dtype
-    )
+    taps, offset = _load_weight(weight, weight_stride_d, weight_stride_w, bias, bias_stride, channel, D, W, dtype)
     live = channel < D
     channel = channel.to(tl.int64)
     time = start + tl.zeros_like(channel)
     length = end - start + tl.zeros_like(channel)
-    dz = _load_run(dy + channel * dy_stride_d + time * dy_stride_t, dy_stride_t, time, live, L, 0, W - 1, 1, False, True)
+    dz = _load_run(
+        dy + channel * dy_stride_d + time * dy_stride_t, dy_stride_t, time, live, L, 0, W - 1, 1, False, True
+    )
     if SILU:
         x_at = x + channel * x_stride_d + time * x_stride_t
         columns = _load_run(x_at, x_stride_t, time, live, L, 1 - W, 2 * W - 2, 1, False, True)
@@ -487,9 +491,7 @@ def _backward_kernel(
         b = b.to(tl.int64)
         lane_time, channel = _lanes(T_AXIS, BT, BD, RUN)
         channel = channel_block * BD + channel
-        taps, offset = _load_weight(
-            weight, weight_stride_d, weight_stride_w, bias, bias_stride, channel, D, W, dtype
-        )
+        taps, offset = _load_weight(weight, weight_stride_d, weight_stride_w, bias, bias_stride, channel, D, W, dtype)
         live = tl.broadcast(channel < D, lane_time >= 0)[0]
         channel = channel.to(tl.int64)
         state_at = state
