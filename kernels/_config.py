@@ -46,11 +46,14 @@ def _warps(threads: int, arch: str) -> int:
 def causal_conv1d(
     kind: str, time_is_fast: bool, vectors: bool, D: int, W: int, dtype: torch.dtype, arch: str
 ) -> LaunchConfig:
-    """The tiles of the causal convolution: 128 threads, each with a run of tokens of one channel or of a vector of them."""
+    """The tiles of the causal convolution: 128 threads, each with a run of tokens of one channel or a few."""
     warps = _warps(128, arch)
     if time_is_fast:  # 32 runs of each of 4 channels
         return LaunchConfig(BT=32 * (16 // dtype.itemsize if vectors else 8), BD=4, num_warps=warps)
-    vector = 16 // dtype.itemsize if kind == "forward" else 4
+    if kind == "forward":
+        vector = 16 // dtype.itemsize
+    else:  # a thread keeps W weights and W + 1 sums a channel besides the run: more channels would spill
+        vector = 2 if W <= 4 else 1
     BD = min(32 * vector, 1 << (D - 1).bit_length())
     return LaunchConfig(BT=8 * 128 * vector // BD, BD=BD, num_warps=warps)
 

@@ -99,11 +99,13 @@ def _load_run(
         for i in tl.static_range(COUNT):
             columns = columns + (runs[SKIP + i],)
     else:
+        at += FIRST * stride_t
         for i in tl.static_range(COUNT):
             mask = live
             if MASKED:
                 mask = mask & (time + (FIRST + i) >= 0) & (time + (FIRST + i) < L)
-            columns = columns + (tl.load(at + (FIRST + i) * stride_t, mask=mask, other=0).to(dtype),)
+            columns = columns + (tl.load(at, mask=mask, other=0).to(dtype),)
+            at += stride_t  # step by step: a product for each token would wait in a register
     return columns
 
 
@@ -123,7 +125,8 @@ def _store_run(
             mask = live
             if MASKED:
                 mask = mask & (time + i < L)
-            tl.store(at + i * stride_t, columns[i].to(dtype), mask=mask)
+            tl.store(at, columns[i].to(dtype), mask=mask)
+            at += stride_t
 
 
 # ----------------------------------------------------------------------------- sequences, taps, activation
@@ -258,7 +261,8 @@ def _forward_tile(
     results = ()
     for i in tl.static_range(RUN):
         if not VECTORS:  # token by token, which needs fewer registers
-            columns = columns + _load_run(x_at, x_stride_t, time, live, L, i, 1, RUN, VECTORS, MASKED)
+            columns = columns + _load_run(x_at, x_stride_t, time + i, live, L, 0, 1, RUN, VECTORS, MASKED)
+            x_at += x_stride_t
         n, age, left = low, time, time
         if MASKED:
             n, age, left = _place(cu_seqlens, time + i, low, high, L)
@@ -379,11 +383,13 @@ def _backward_tile(
         if MASKED:
             n, age, left = _place(cu_seqlens, time + i, low, high, L)
         if not VECTORS:  # token by token, which needs fewer registers
-            dy = dy + _load_run(dy_at, dy_stride_t, time, live, L, i, 1, RUN, VECTORS, MASKED)
+            dy = dy + _load_run(dy_at, dy_stride_t, time + i, live, L, 0, 1, RUN, VECTORS, MASKED)
+            dy_at += dy_stride_t
         d = dy[i]
         if SILU or (NEED_SUMS and i < RUN):
             if not VECTORS:
-                columns = columns + _load_run(x_at, x_stride_t, time, live, L, i, 1, RUN, VECTORS, MASKED)
+                columns = columns + _load_run(x_at, x_stride_t, time + i, live, L, 0, 1, RUN, VECTORS, MASKED)
+                x_at += x_stride_t
             taps = _taps(columns, W - 1 + i, n, age, state_at, state_stride_n, state_stride_w, live, W, MASKED)
         if SILU:
             d = _through_activation(d, _convolve(taps, weight, bias, W), SILU)
