@@ -26,7 +26,7 @@ import triton.language as tl
 from . import _config
 from ._launch import arch, multiprocessors, on_device
 from ._launch import why_not as _why_not_here
-from ._tiles import sequence_bounds
+from ._tiles import cast, sequence_bounds
 
 RUN = 8  # tokens of a lane that loads them one at a time
 VECTOR_BYTES = 16  # of a lane that loads its run at once
@@ -99,11 +99,13 @@ def _load_run(
         for i in tl.static_range(COUNT):
             columns = columns + (runs[SKIP + i],)
     else:
+        at += FIRST * stride_t
         for i in tl.static_range(COUNT):
             mask = live
             if MASKED:
                 mask = mask & (time + (FIRST + i) >= 0) & (time + (FIRST + i) < L)
-            columns = columns + (tl.load(at + (FIRST + i) * stride_t, mask=mask, other=0).to(dtype),)
+            columns = columns + (tl.load(at, mask=mask, other=0).to(dtype),)
+            at += stride_t  # step by step: a product for each token would wait in a register
     return columns
 
 
@@ -117,13 +119,14 @@ def _store_run(
         if MASKED:
             mask = mask & (time < L)
         run_at = at[:, :, None] + tl.arange(0, RUN)[None, None, :] * stride_t
-        tl.store(run_at, _join_run(columns, RUN).to(dtype), mask=mask[:, :, None])
+        tl.store(run_at, cast(_join_run(columns, RUN), dtype), mask=mask[:, :, None])
     else:
         for i in tl.static_range(RUN):
             mask = live
             if MASKED:
                 mask = mask & (time + i < L)
-            tl.store(at + i * stride_t, columns[i].to(dtype), mask=mask)
+            tl.store(at, cast(columns[i], dtype), mask=mask)
+            at += stride_t
 
 
 # ----------------------------------------------------------------------------- sequences, taps, activation
@@ -254,9 +257,12 @@ def _forward_tile(
     time, live, low, high, L,
     W: tl.constexpr, RUN: tl.constexpr, VECTORS: tl.constexpr, SILU: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    columns = _load_run(x_at, x_stride_t, time, live, L, 1 - W, RUN + W - 1, RUN, VECTORS, MASKED)
+    columns = _load_run(x_at, x_stride_t, time, live, L, 1 - W, W - 1 + (RUN if VECTORS else 0), RUN, VECTORS, MASKED)
     results = ()
     for i in tl.static_range(RUN):
+        if not VECTORS:  # token by token, which needs fewer registers
+            columns = columns + _load_run(x_at, x_stride_t, time + i, live, L, 0, 1, RUN, VECTORS, MASKED)
+            x_at += x_stride_t
         n, age, left = low, time, time
         if MASKED:
             n, age, left = _place(cu_seqlens, time + i, low, high, L)
@@ -316,9 +322,7 @@ def _forward_kernel(
         time, channel = _lanes(T_AXIS, BT, BD, RUN)
         time = t0 + time
         channel = channel_block * BD + channel
-        taps, offset = _load_weight(
-            weight, weight_stride_d, weight_stride_w, bias, bias_stride, channel, D, W, dtype
-        )
+        taps, offset = _load_weight(weight, weight_stride_d, weight_stride_w, bias, bias_stride, channel, D, W, dtype)
         live = tl.broadcast(channel < D, time >= 0)[0]
         channel = channel.to(tl.int64)
         x_at = x + b * x_stride_b + channel * x_stride_d + time * x_stride_t
@@ -366,18 +370,26 @@ def _backward_tile(
     """Writes dx (unless dx_at is None); returns `sums`, W of dweight and one of dbias, with this tile's added."""
     # Token p's gradient needs dz of p .. p+W-1, and z needs the W-1 inputs before each of them.
     AHEAD: tl.constexpr = 0 if dx_at is None else W - 1
-    dz = _load_run(dy_at, dy_stride_t, time, live, L, 0, RUN + AHEAD, RUN, VECTORS, MASKED)
+    X_AHEAD: tl.constexpr = AHEAD if SILU else 0
+    dy, columns = (), ()
+    if VECTORS:
+        dy = _load_run(dy_at, dy_stride_t, time, live, L, 0, RUN + AHEAD, RUN, VECTORS, MASKED)
     if SILU or NEED_SUMS:
-        columns = _load_run(
-            x_at, x_stride_t, time, live, L, 1 - W, W - 1 + RUN + (AHEAD if SILU else 0), RUN, VECTORS, MASKED
-        )
-    ns, lefts, dzs = (), (), ()
+        COUNT: tl.constexpr = W - 1 + (RUN + X_AHEAD if VECTORS else 0)
+        columns = _load_run(x_at, x_stride_t, time, live, L, 1 - W, COUNT, RUN, VECTORS, MASKED)
+    ns, lefts, dz, results = (), (), (), ()
     for i in tl.static_range(RUN + AHEAD):
         n, age, left = low, time, time
         if MASKED:
             n, age, left = _place(cu_seqlens, time + i, low, high, L)
-        d = dz[i]
+        if not VECTORS:  # token by token, which needs fewer registers
+            dy = dy + _load_run(dy_at, dy_stride_t, time + i, live, L, 0, 1, RUN, VECTORS, MASKED)
+            dy_at += dy_stride_t
+        d = dy[i]
         if SILU or (NEED_SUMS and i < RUN):
+            if not VECTORS:
+                columns = columns + _load_run(x_at, x_stride_t, time + i, live, L, 0, 1, RUN, VECTORS, MASKED)
+                x_at += x_stride_t
             taps = _taps(columns, W - 1 + i, n, age, state_at, state_stride_n, state_stride_w, live, W, MASKED)
         if SILU:
             d = _through_activation(d, _convolve(taps, weight, bias, W), SILU)
@@ -388,20 +400,20 @@ def _backward_tile(
             for s in tl.static_range(W):
                 added = added + (sums[s] + d * taps[s],)
             sums = added + (sums[W] + d,)
-        ns, lefts, dzs = ns + (n,), lefts + (left,), dzs + (d,)
-    if dx_at is not None:
-        results = ()
-        for i in tl.static_range(RUN):
-            dx = weight[0] * dzs[i]
+        ns, lefts, dz = ns + (n,), lefts + (left,), dz + (d,)
+        if dx_at is not None and i >= W - 1:  # all that token p reaches is there
+            left = lefts[i - (W - 1)]
+            dx = weight[0] * dz[i - (W - 1)]
             for s in tl.static_range(1, W):
                 if MASKED:
-                    dx += weight[s] * tl.where(s < lefts[i], dzs[i + s], 0)
+                    dx += weight[s] * tl.where(s < left, dz[i - (W - 1) + s], 0)
                 else:
-                    dx += weight[s] * dzs[i + s]
+                    dx += weight[s] * dz[i - (W - 1) + s]
             if MASKED and dfinal_at is not None:
-                at = dfinal_at + ns[i] * dfinal_stride_n + (W - 1 - lefts[i]) * dfinal_stride_w
-                dx += tl.load(at, mask=live & (lefts[i] > 0) & (lefts[i] < W), other=0).to(dx.dtype)
+                at = dfinal_at + ns[i - (W - 1)] * dfinal_stride_n + (W - 1 - left) * dfinal_stride_w
+                dx += tl.load(at, mask=live & (left > 0) & (left < W), other=0).to(dx.dtype)
             results = results + (dx,)
+    if dx_at is not None:
         _store_run(dx_at, dx_stride_t, results, time, live, L, RUN, VECTORS, MASKED)
     return sums
 
@@ -416,14 +428,14 @@ def _initial_state_gradient(
     """A tile of one run, the first W-1 tokens of a sequence. The tensors point at its batch entry and its rows."""
     dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     channel = d0 + tl.arange(0, BD)
-    taps, offset = _load_weight(
-        weight, weight_stride_d, weight_stride_w, bias, bias_stride, channel, D, W, dtype
-    )
+    taps, offset = _load_weight(weight, weight_stride_d, weight_stride_w, bias, bias_stride, channel, D, W, dtype)
     live = channel < D
     channel = channel.to(tl.int64)
     time = start + tl.zeros_like(channel)
     length = end - start + tl.zeros_like(channel)
-    dz = _load_run(dy + channel * dy_stride_d + time * dy_stride_t, dy_stride_t, time, live, L, 0, W - 1, 1, False, True)
+    dz = _load_run(
+        dy + channel * dy_stride_d + time * dy_stride_t, dy_stride_t, time, live, L, 0, W - 1, 1, False, True
+    )
     if SILU:
         x_at = x + channel * x_stride_d + time * x_stride_t
         columns = _load_run(x_at, x_stride_t, time, live, L, 1 - W, 2 * W - 2, 1, False, True)
@@ -442,7 +454,7 @@ def _initial_state_gradient(
         if dfinal_state is not None:  # the column is still in the final state of a short sequence
             at = dfinal_state + channel * dfinal_stride_d + (j - length) * dfinal_stride_w
             gradient += tl.load(at, mask=live & (length <= j), other=0).to(gradient.dtype)
-        tl.store(dstate + channel * (W - 1) + j, gradient.to(dstate.dtype.element_ty), mask=live)
+        tl.store(dstate + channel * (W - 1) + j, cast(gradient, dstate.dtype.element_ty), mask=live)
 
 
 @triton.jit(do_not_specialize=["N", "L", "tiles", "time_blocks", "channel_blocks", "steps"])
@@ -479,9 +491,7 @@ def _backward_kernel(
         b = b.to(tl.int64)
         lane_time, channel = _lanes(T_AXIS, BT, BD, RUN)
         channel = channel_block * BD + channel
-        taps, offset = _load_weight(
-            weight, weight_stride_d, weight_stride_w, bias, bias_stride, channel, D, W, dtype
-        )
+        taps, offset = _load_weight(weight, weight_stride_d, weight_stride_w, bias, bias_stride, channel, D, W, dtype)
         live = tl.broadcast(channel < D, lane_time >= 0)[0]
         channel = channel.to(tl.int64)
         state_at = state
@@ -562,9 +572,9 @@ def _reduce_kernel(
     if s < W:
         if dweight is not None:
             at = dweight + channel.to(tl.int64) * W + (W - 1 - s)
-            tl.store(at, total.to(dweight.dtype.element_ty), mask=channel < D)
+            tl.store(at, cast(total, dweight.dtype.element_ty), mask=channel < D)
     elif dbias is not None:
-        tl.store(dbias + channel, total.to(dbias.dtype.element_ty), mask=channel < D)
+        tl.store(dbias + channel, cast(total, dbias.dtype.element_ty), mask=channel < D)
 
 
 # ------------------------------------------------------------------------------------------------- step
@@ -588,7 +598,7 @@ def _step_kernel(
 ):  # fmt: skip
     blocks = tl.cdiv(D, BD)
     b = (tl.program_id(0) // blocks).to(tl.int64)
-    channel = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
+    channel = (tl.program_id(0) % blocks * BD + tl.arange(0, BD)).to(tl.int64)
     live = channel < D
     slot = b
     if state_indices is not None:
@@ -597,7 +607,6 @@ def _step_kernel(
     if (slot >= 0) & (slot < slots):
         dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
         taps, z = _load_weight(weight, weight_stride_d, weight_stride_w, bias, bias_stride, channel, D, W, dtype)
-        channel = channel.to(tl.int64)
         now = tl.load(x + b * x_stride_b + channel * x_stride_d, mask=live, other=0).to(dtype)
         z += taps[0] * now
         at = state + slot * state_stride_n + channel * state_stride_d
@@ -605,11 +614,11 @@ def _step_kernel(
         for j in tl.static_range(W - 1):
             inputs = inputs + (tl.load(at + j * state_stride_w, mask=live, other=0),)
             z += taps[W - 1 - j] * inputs[j].to(dtype)
-        inputs = inputs + (now.to(state.dtype.element_ty),)
+        inputs = inputs + (cast(now, state.dtype.element_ty),)
         tl.debug_barrier()  # a column is overwritten only when every thread has read it
         for j in tl.static_range(W - 1):
             tl.store(at + j * state_stride_w, inputs[j + 1], mask=live)
-        tl.store(y_at, _activate(z, SILU).to(y.dtype.element_ty), mask=live)
+        tl.store(y_at, cast(_activate(z, SILU), y.dtype.element_ty), mask=live)
     else:
         tl.store(y_at, tl.zeros([BD], y.dtype.element_ty), mask=live)
 

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many launches a call costs on a GPU, and how many bytes move through its memory: counted, beside the peer's."""
+
+import pytest
+import torch
+from delta_rule_cases import random_inputs
+from recorded_launches import recorded
+
+from fla_ops import _backend
+
+pytest.importorskip("triton")
+
+from interpreted_memory import watched_memory  # noqa: E402 - needs triton
+
+DELTA = {"K": 128, "V": 128, "g": True}
+interpreted = pytest.mark.skipif(
+    _backend.why_not("delta_rule", "triton", "cpu", torch.float32, ()) is not None, reason="needs Triton's interpreter"
+)
+
+
+def names(launches):
+    return [launch["kernel"] for launch in launches]
+
+
+def test_launches():
+    """The delta rule: two in inference, three at training at most, five in the backward; fla-core's chunks take five
+    and seven, and further ones that add. The convolution: one, and in the backward a second that adds the parameters'
+    partial sums. A step: one."""
+    options = {"T": 1024, "l2norm": True}
+    delta, packed, conv = recorded(
+        ("delta_rule", "bfloat16", DELTA | options),
+        ("delta_rule", "bfloat16", DELTA | options | {"packed": True, "GVA": True}),
+        ("causal_conv1d", "bfloat16", {"W": 4, "silu": True, "bias": True}),
+    )
+    for passes in (delta, packed):
+        assert len(passes["forward"]) <= 2, names(passes["forward"])
+        assert len(passes["training"]) <= 3, names(passes["training"])
+        assert len(passes["backward"]) <= 5, names(passes["backward"])
+        assert len(passes["step"]) == 1, names(passes["step"])
+    assert len(conv["forward"]) == 1, names(conv["forward"])
+    assert len(conv["backward"]) <= 2, names(conv["backward"])
+    assert len(conv["step"]) == 1, names(conv["step"])
+
+
+def test_no_grid_is_empty_or_too_wide():
+    """A launch of no program is an error on a GPU, and the second and third axes of a grid end at 65,535."""
+    tiny = {"K": 16, "V": 16, "H": 1, "T": 1}
+    delta = (DELTA | {"T": 0}, DELTA | {"B": 0}, DELTA | {"T": 0, "packed": True}, tiny | {"B": 70_000})
+    conv = ({"W": 4, "T": 0}, {"W": 4, "B": 0}, {"W": 4, "B": 70_000, "D": 1, "T": 1}, {"W": 4, "D": 70_000, "T": 1})
+    requests = [("delta_rule", "bfloat16", options) for options in delta]
+    requests += [("causal_conv1d", "bfloat16", options) for options in conv]
+    for passes in recorded(*requests):
+        for launches in passes.values():
+            for launch in launches:
+                grid = [*launch["grid"], 1, 1]
+                assert all(n > 0 for n in grid), launch
+                assert grid[1] <= 65_535 and grid[2] <= 65_535, launch
+
+
+# Bytes a token and value head at K = V = 128 in bfloat16, H = HV, float32 gates, chunks of 64: rows of q, k, v, o or of
+# a gradient; a chunk's 64 x 64 matrix; a state every 64 tokens; a float32 number.
+ROW, MATRIX, STATE, NUMBER = 256, 128, 512, 4
+# fla-core 0.6, gated, as its launches read and write their tensors (each once a launch, final state left out).
+PEER_FORWARD = {
+    "sums of g": 2 * NUMBER,
+    "k k^T and its inverse": ROW + 2 * NUMBER + 2 * MATRIX,  # A is filled with zeros before
+    "w and u": (2 * ROW + 2 * NUMBER + MATRIX) + 2 * ROW,
+    "states": (3 * ROW + NUMBER) + (ROW + STATE),
+    "output": (3 * ROW + STATE + NUMBER) + ROW,
+}
+PEER_BACKWARD = {
+    "w and u again": PEER_FORWARD["w and u"],
+    "states again": PEER_FORWARD["states"],
+    "dv in the chunk": (3 * ROW + NUMBER) + ROW,
+    "gradients of the states": (5 * ROW + NUMBER) + (STATE + ROW),
+    "dq, dk, dw, dg": (5 * ROW + 2 * STATE + NUMBER) + (3 * ROW + NUMBER),
+    "through the inverse": (4 * ROW + MATRIX + 2 * NUMBER) + (2 * ROW + 2 * NUMBER),
+    "sums of dk and dg": 3 * ROW + 5 * NUMBER,
+}
+
+
+@interpreted
+def test_bytes_of_the_delta_rule():
+    """Each byte once a launch ("distinct"), and every load and store of every program as it is written ("all", what
+    a GPU without a cache would move)."""
+    from fla_ops.kernels import delta_rule as op
+
+    T, H = 256, 2
+    x = random_inputs(T=T, H=H, HV=H, K=128, V=128, dtype=torch.bfloat16, side=torch.float32)
+    tokens = [x[n] for n in ("q", "k", "v", "beta", "g")]
+    options = {"scale": 1.0, "qk_l2norm": True}
+    with watched_memory() as inference:
+        op.forward(*tokens, None, None, save_states=False, **options)
+    with watched_memory() as training:
+        o, _, states = op.forward(*tokens, None, None, save_states=True, **options)
+    with watched_memory() as backward:
+        op.backward(*tokens, None, None, states, torch.ones_like(o), None, needs=(True,) * 5 + (False,), **options)
+    peer = {"inference": PEER_FORWARD, "training": PEER_FORWARD, "backward": PEER_BACKWARD}
+    allowed = {"inference": (2_400, 3_300), "training": (2_700, 3_600), "backward": (10_000, 13_600)}
+    for name, launches in {"inference": inference, "training": training, "backward": backward}.items():
+        distinct = sum(launch.distinct for launch in launches) / (T * H)
+        every = sum(launch.loaded + launch.stored for launch in launches) / (T * H)
+        print(f"{name}: {distinct:.0f} distinct, {every:.0f} all; fla-core: {sum(peer[name].values())} distinct")
+        assert distinct <= allowed[name][0] and every <= allowed[name][1], (name, distinct, every)
+        assert distinct < sum(peer[name].values())
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["channels last", "channels first"])
+@pytest.mark.skipif(
+    _backend.why_not("causal_conv1d", "triton", "cpu", torch.float32, ()) is not None,
+    reason="needs Triton's interpreter",
+)
+def test_bytes_of_the_convolution(last):
+    """Bytes an element of x in bfloat16: x once and y once are 4; backward x, dy and dx are 6."""
+    from fla_ops.kernels import causal_conv1d as op
+
+    x = torch.randn(1, 512, 128, dtype=torch.bfloat16).transpose(1, 2) if last else torch.randn(1, 128, 512).bfloat16()
+    weight, dy = torch.randn(128, 4), x.clone()
+    with watched_memory() as forward:
+        op.forward(x, weight, None, None, None, activation="silu")
+    needs = (True, True, False, False)
+    with watched_memory() as backward:
+        op.backward(x, weight, None, None, None, dy, None, activation="silu", needs=needs)
+    for name, launches, distinct_allowed, all_allowed in (
+        ("forward", forward, 4.5, 6.5),
+        ("backward", backward, 7.5, 12.5),
+    ):
+        distinct = sum(launch.distinct for launch in launches) / x.numel()
+        every = sum(launch.loaded + launch.stored for launch in launches) / x.numel()
+        print(f"{name}: {distinct:.2f} distinct, {every:.2f} all")
+        assert distinct <= distinct_allowed and every <= all_allowed, (name, distinct, every)

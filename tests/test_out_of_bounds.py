@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels touch their tensors' elements and nothing else: every load and store is looked at."""
+
+import pytest
+import torch
+from delta_rule_cases import TENSORS, bounds, random_cotangents, random_inputs
+
+import fla_ops
+from fla_ops import _backend
+
+triton = pytest.importorskip("triton")
+tl = triton.language
+
+from interpreted_memory import far_apart, fenced, fenced_allocations, watched_memory  # noqa: E402 - needs triton
+
+
+def in_interpreter(op):
+    why_not = _backend.why_not(op, "triton", "cpu", torch.float32, ())
+    return pytest.mark.skipif(why_not is not None, reason=str(why_not))
+
+
+@in_interpreter("delta_rule")
+def test_a_dropped_mask_is_seen():
+    """The watch itself: a kernel that reads, and one that writes, one element too many."""
+
+    @triton.jit
+    def copy(x, y, n, m, N: tl.constexpr):
+        i = tl.arange(0, N)
+        tl.store(y + i, tl.load(x + i, mask=i < n), mask=i < m)
+
+    x, y = fenced(torch.ones(7)), fenced(torch.zeros(7))
+    with watched_memory() as launches:
+        copy[(1,)](x, y, 7, 7, N=8)
+        assert launches[0].loaded == launches[0].stored == 28 and launches[0].distinct == 56
+        for n, m, what in ((8, 7, "load of 1 "), (7, 8, "store of 1 ")):
+            with pytest.raises(triton.runtime.errors.InterpreterError, match=what):
+                copy[(1,)](x, y, n, m, N=8)
+
+
+def in_wider_rows(x):
+    """x as columns of a tensor with NaN between its rows."""
+    return torch.cat([x, torch.full_like(x, torch.nan)], -1)[..., : x.shape[-1]]
+
+
+@in_interpreter("delta_rule")
+@pytest.mark.parametrize("axis", range(3), ids=["batch", "token", "head"])
+def test_delta_rule_offsets_beyond_32_bits(axis):
+    shape = {"B": 3, "T": 1, "H": 1, "HV": 1} if axis == 0 else {"T": 3, "H": 1, "HV": 1} if axis == 1 else {"T": 2}
+    shape |= {"H": 3, "HV": 3} if axis == 2 else {}
+    x = random_inputs(**shape, K=16, V=16, dtype=torch.bfloat16, state=torch.bfloat16)
+    do, ds = random_cotangents(x)
+
+    def run(q, k, v, do):
+        leaf = [t.detach().requires_grad_() for t in (q, k, v, x["beta"], x["g"], x["initial_state"])]
+        o, final = fla_ops.delta_rule(*leaf[:5], initial_state=leaf[5], output_final_state=True, backend="triton")
+        return [o, final, *torch.autograd.grad([o, final], leaf, [do, ds])]
+
+    near = [x["q"], x["k"], x["v"], do]
+    expected = run(*near)
+    with watched_memory():
+        assert all(map(torch.equal, run(*far_apart(near, axis)), expected))
+
+
+@in_interpreter("delta_rule")
+@pytest.mark.parametrize("axis", range(3), ids=["sequence", "head", "key channel"])
+def test_states_beyond_32_bits(axis):
+    """The state's own strides, those of a step's pool too."""
+    x = random_inputs(B=3, T=1, H=3, HV=3, K=3, V=16, dtype=torch.bfloat16, state=torch.bfloat16)
+    tokens = [x[n] for n in TENSORS[:5]]
+
+    def run(state):
+        with torch.no_grad():
+            o, final = fla_ops.delta_rule(*tokens, initial_state=state, output_final_state=True, backend="triton")
+            step = fla_ops.delta_rule_step(*(t[:, 0] for t in tokens), state=state, backend="triton")
+        return [o, final, step, state]
+
+    (far,) = far_apart([x["initial_state"]], axis)
+    expected = run(x["initial_state"].clone())
+    with watched_memory():
+        assert all(map(torch.equal, run(far), expected))
+
+
+SHAPES = {
+    "tiles that fit": {"T": 128, "K": 32, "V": 32},
+    "nothing fits": {"B": 2, "T": 67, "HV": 4, "K": 20, "V": 12},
+    "K over 64": {"T": 17, "K": 72, "V": 40},
+    "one token": {"B": 2, "T": 1, "K": 17, "V": 33},
+    "wide": {"T": 65, "H": 1, "HV": 1, "K": 136, "V": 200},
+}
+
+
+@in_interpreter("delta_rule")
+@pytest.mark.parametrize("lengths", [None, [0, 3, 0, -1, 1]], ids=["batch", "packed"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_delta_rule(monkeypatch, shape, lengths):
+    dtype = torch.bfloat16 if lengths else torch.float32
+    N = None
+    if lengths:
+        T = shape["T"]
+        lengths = [min(n, T // 8) if n >= 0 else T - sum(min(m, T // 8) for m in lengths if m > 0) for n in lengths]
+        shape, N = shape | {"B": 1}, len(lengths)
+    x = random_inputs(**shape, dtype=dtype, state=torch.float32, sequences=N)
+    x = {n: fenced(in_wider_rows(t)) if n in ("q", "k", "v") else fenced(t) for n, t in x.items()}
+    do, ds = (fenced(in_wider_rows(t)) for t in random_cotangents(x, N))
+    leaf = {n: x[n].requires_grad_() for n in TENSORS}
+    cu = None if N is None else fenced(bounds(lengths))
+    with watched_memory() as launches, fenced_allocations(monkeypatch):
+        o, final = fla_ops.delta_rule(
+            *(leaf[n] for n in TENSORS[:5]),
+            initial_state=leaf["initial_state"],
+            output_final_state=True,
+            cu_seqlens=cu,
+            qk_l2norm=True,
+            backend="triton",
+        )
+        torch.autograd.backward([o, final], [do, ds])
+    assert launches
+    results = [o, final, *(leaf[n].grad for n in TENSORS)]
+    assert all(r.isfinite().all() for r in results)
+
+
+@in_interpreter("delta_rule")
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_delta_rule_step(monkeypatch, shape):
+    x = random_inputs(**shape | {"B": 3, "T": 1}, dtype=torch.bfloat16, state=torch.float32)
+    tokens = [fenced(in_wider_rows(x[n][:, 0]) if n in ("q", "k", "v") else x[n][:, 0]) for n in TENSORS[:5]]
+    state = fenced(in_wider_rows(torch.zeros(5, *x["initial_state"].shape[1:])))
+    with watched_memory() as launches, fenced_allocations(monkeypatch):
+        o = fla_ops.delta_rule_step(
+            *tokens, state=state, state_indices=fenced(torch.tensor([4, -1, 0])), qk_l2norm=True, backend="triton"
+        )
+    assert launches and o.isfinite().all()
+    assert state[[0, 4]].any() and not state[1:4].any()
+
+
+CONVOLUTIONS = {
+    "channels last": {"B": 2, "D": 40, "L": 37, "W": 4, "last": True},
+    "channels first": {"B": 2, "D": 24, "L": 64, "W": 4, "last": False},
+    "nothing fits": {"B": 1, "D": 7, "L": 19, "W": 3, "last": True},
+    "widest": {"B": 1, "D": 5, "L": 9, "W": 8, "last": False},
+    "shorter than the filter": {"B": 2, "D": 8, "L": 2, "W": 4, "last": True},
+    "one tap": {"B": 1, "D": 8, "L": 5, "W": 1, "last": False},
+}
+
+
+@in_interpreter("causal_conv1d")
+@pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
+@pytest.mark.parametrize("shape", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+def test_causal_conv1d(monkeypatch, shape, packed):
+    dtype = torch.bfloat16 if packed else torch.float32
+    B, D, L, W, last = shape.values()
+    B = 1 if packed else B
+    N = 4 if packed else B
+
+    def rows():
+        x = torch.randn(B, L, D).transpose(1, 2) if last else torch.randn(B, D, L)
+        return fenced(x.to(dtype))
+
+    x, dy = rows().requires_grad_(), rows()
+    weight = fenced(in_wider_rows(torch.randn(D, W))).requires_grad_()
+    bias = fenced(torch.randn(D)).requires_grad_()
+    state, ds = (fenced(in_wider_rows(torch.randn(N, D, W - 1))) for _ in range(2))
+    state.requires_grad_()
+    cu = fenced(torch.tensor([0, 0, L // 2, L // 2 + 1, L])) if packed else None
+    with watched_memory() as launches, fenced_allocations(monkeypatch):
+        y, final = fla_ops.causal_conv1d(
+            x, weight, bias, activation="silu", initial_state=state, output_final_state=True, cu_seqlens=cu,
+            backend="triton",
+        )  # fmt: skip
+        torch.autograd.backward([y, final], [dy, ds])
+        tokens = fenced(in_wider_rows(torch.randn(3, D).to(dtype)))
+        pool = fenced(torch.zeros(5, D, W - 1))
+        slots = fenced(torch.tensor([4, -1, 0]))
+        stepped = fla_ops.causal_conv1d_step(
+            tokens, weight.detach(), bias.detach(), state=pool, state_indices=slots, backend="triton"
+        )
+    assert launches
+    assert all(r.isfinite().all() for r in (y, final, x.grad, weight.grad, bias.grad, state.grad, stepped))
+    assert not pool[1:4].any()
+
+
+@in_interpreter("causal_conv1d")
+@pytest.mark.parametrize("axis", range(3), ids=["batch", "channel", "token"])
+def test_causal_conv1d_offsets_beyond_32_bits(axis):
+    near = [torch.randn(3, 3, 3, dtype=torch.bfloat16) for _ in range(2)]
+    weight, state = torch.randn(3, 4), torch.randn(3, 3, 3)
+
+    def run(x, dy):
+        leaf = [t.detach().requires_grad_() for t in (x, weight, state)]
+        y, final = fla_ops.causal_conv1d(
+            *leaf[:2], initial_state=leaf[2], output_final_state=True, backend="triton", activation="silu"
+        )
+        grads = torch.autograd.grad([y, final], leaf, [dy, torch.ones_like(final)])
+        step = fla_ops.causal_conv1d_step(x[:, :, 0], weight, state=state.clone(), backend="triton")
+        return [y.detach(), final.detach(), *grads, step]
+
+    expected = run(*near)
+    with watched_memory():
+        for found, right in zip(run(*far_apart(near, axis)), expected, strict=True):
+            torch.testing.assert_close(found, right)
