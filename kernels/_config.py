@@ -5,6 +5,8 @@ There is no autotuning: the first call is as fast as the second, and the same in
 Rows are chosen by the ahead-of-time report (registers, spills, shared memory) and by measurement where a GPU is at hand.
 """
 
+from dataclasses import replace
+
 import torch
 
 from ._launch import INTERPRET, LaunchConfig
@@ -34,11 +36,23 @@ def delta_rule_forward_config(K: int, V: int, dtype: torch.dtype, arch: str) -> 
     return LaunchConfig(BT=16, BV=16, num_warps=4, num_stages=1)
 
 
+def delta_rule_backward_config(K: int, V: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
+    """The backward's walks, over the forward's chunks and blocks. Two stages of five tiles need 100 KB and more."""
+    config = delta_rule_forward_config(K, V, dtype, arch)
+    if dtype.itemsize == 2:
+        roomy = arch.startswith(("sm_90", "sm_100", "sm_103"))
+        return replace(config, num_warps=8 if 64 < K <= 128 else 4, num_stages=2 if roomy else 1)
+    return config
+
+
 def delta_rule_gradients_config(K: int, V: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
     """One program a chunk and query head; BV value columns of states and values at a time."""
+    BT = delta_rule_forward_config(K, V, dtype, arch).BT
     if dtype.itemsize == 2:
-        return LaunchConfig(BT=64, BV=min(_power_of_two(V), 32 if K > 128 else 64), num_warps=8, num_stages=2)
-    return LaunchConfig(BT=16, BV=16, num_warps=4, num_stages=1)
+        wide = 64 < K <= 128
+        BV = min(_power_of_two(V), 64 if wide else 32)
+        return LaunchConfig(BT=BT, BV=BV, num_warps=8, num_stages=2 if wide else 1)
+    return LaunchConfig(BT=BT, BV=16, num_warps=4, num_stages=1)
 
 
 def delta_rule_step_config(K: int, V: int, dtype: torch.dtype, arch: str) -> LaunchConfig:

@@ -28,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._config import CHECKPOINT, delta_rule_forward_config, delta_rule_gradients_config
+from ._config import CHECKPOINT, delta_rule_backward_config, delta_rule_gradients_config
 from ._launch import allow_descriptors, arch, on_device, precision
 from ._operators import operator
 from ._tiles import cast, dot, first_of, load_tile, not_finite, segment_of_slot, store_tile, tile_source, zero_rows
@@ -696,8 +696,8 @@ def _results(q, k, v, beta, g, initial_state, *_, needs, **__):
 
 @operator(
     "delta_rule_backward(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor? initial_state, "
-    "Tensor? cu_seqlens, Tensor states, Tensor do, Tensor? dfinal_state, *, float scale, bool qk_l2norm, bool[6] needs, "
-    "int? rows=None) -> Tensor[]",
+    "Tensor? cu_seqlens, Tensor states, Tensor do, Tensor? dfinal_state, *, float scale, bool qk_l2norm, "
+    "bool[6] needs, int? rows=None) -> Tensor[]",
     _results,
 )
 def backward(
@@ -729,7 +729,7 @@ def backward(
     if N == 0:
         return [x if x is None else x.zero_() for x in grads]
 
-    config = delta_rule_forward_config(K, V, q.dtype, arch())
+    config = delta_rule_backward_config(K, V, q.dtype, arch())
     BT, BV, rows = config.BT, config.BV, rows or config.BT
     q, k, v, do = _rows(q, k, v, do)
     if dfinal_state is not None:
