@@ -31,7 +31,9 @@ def delta_rule_forward_config(K: int, V: int, dtype: torch.dtype, arch: str) -> 
     if dtype.itemsize == 2:
         BV = min(_power_of_two(V), 32 if K > 128 else 64)
         return LaunchConfig(BT=64, BV=BV, num_warps=4, num_stages=2, tma=_has_tma(arch))
-    return LaunchConfig(BT=16, BV=16, num_warps=4, num_stages=1)
+    # Products without tensor cores take their operands through registers: small tiles.
+    BT = 32 if K <= 128 else 16
+    return LaunchConfig(BT=BT, BV=16, num_warps=8 if dtype == torch.float32 else 4, num_stages=1)
 
 
 def delta_rule_step_config(K: int, V: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
