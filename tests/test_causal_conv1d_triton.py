@@ -39,9 +39,7 @@ def check(W, L, D, layout, bounds=None):
     problem = make(W, L, D, 1 if bounds is None else len(bounds) - 1)
     wanted = run(reference, *problem, LAYOUTS[layout], cu_seqlens=bounds)
     actual = run(causal_conv1d, *problem, LAYOUTS[layout], cu_seqlens=bounds, backend="triton")
-    for name, a, b in zip(
-        ("y", "final_state", "dx", "dweight", "dbias", "dinitial_state"), actual, wanted, strict=True
-    ):
+    for name, a, b in zip(("y", "final_state", "dx", "dweight", "dbias", "dinitial_state"), actual, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
 
 
