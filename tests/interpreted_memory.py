@@ -41,8 +41,10 @@ def fenced_allocations(monkeypatch):
 
 def far_apart(tensors: list[torch.Tensor], axis: int) -> list[torch.Tensor]:
     """The same tensors with the last entry of an axis more than 2^31 elements behind the first, so that an offset in 32
-    bits overflows. They take gigabytes of address space, all in the same place, and a few pages of memory. (Kernels may
-    count the offsets inside of a tile in 32 bits: give the axis more entries than a tile, or than may be neighbours.)"""
+    bits overflows. They take gigabytes of address space, all in the same place, and a few pages of memory.
+
+    Kernels may count offsets inside of a tile in 32 bits: give an axis of tokens more entries than a tile has.
+    """
     entries = tensors[0].shape[axis]
     stride = (2**31 // (entries - 1) // 64 + 1) * 64
     views, used = [], 0
