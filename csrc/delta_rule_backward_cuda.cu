@@ -10,6 +10,8 @@
 // at their start: once to keep a state every 8 tokens, then 8 tokens at a time to keep them all, both in `scratch`.
 // dq, dk, dbeta and dg are sums over the columns of V: over a warp's columns in registers, over a block's warps in
 // shared memory, and `finish_kernel` adds the blocks' and a head group's parts in order and undoes the norm of q and k.
+// Workspace: 16 states a sequence and value head; 2 K + 2 values a token, value head and block of 64 columns (at most;
+// 32 for K > 128), half as many columns for float64.
 #include <tuple>
 
 #include "delta_rule_cuda.h"
@@ -227,15 +229,18 @@ template <class T, int R> __global__ void __launch_bounds__(128) finish_kernel(D
     const T* const source = reinterpret_cast<const T*>(input.data) + offset_of(input, b, t, h);
     T* const target = reinterpret_cast<T*>(out.data) + offset_of(out, b, t, h);
     A d[R], raw[R], dot = 0;
+    bool any = false;
     FLA_UNROLL for (int j = 0; j < R; j++) {
       const int row = lane + 32 * j;
       d[j] = raw[j] = 0;
       if (row >= x.K) continue;
       for (int64_t head = first; head < first + group; head++)
         for (int i = 0; i < x.tiles; i++) d[j] += static_cast<const A*>(parts)[(i * tile + head) * x.K + row];
+      any = any || d[j] != 0;
       raw[j] = widen<A>(source[row]);
     }
-    if (x.qk_l2norm) {
+    // No gradient stays none: rows that no packed sequence covers may hold NaN.
+    if (x.qk_l2norm && __any_sync(kWarp, any)) {
       const A factor = inverse_norm(raw);
       FLA_UNROLL for (int j = 0; j < R; j++) {
         raw[j] *= factor;

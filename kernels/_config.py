@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The launch tables: (kernel, sizes, dtype, architecture) -> LaunchConfig. Every row is tested for correctness.
 
-There is no autotuning: the first call is as fast as the second, and the same inputs give the same bits on every run.
+There is no autotuning: the first call is as fast as the second, and the same inputs give the same bits every time.
 Rows are chosen by the ahead-of-time report (registers, spills, shared memory) and by measurement where a GPU is at hand.
 """
 
 import torch
 
-from ._launch import LaunchConfig
+from ._launch import INTERPRET, LaunchConfig
 
 CHECKPOINT = 8  # the delta rule's forward saves one state in so many chunks for its backward
 
@@ -21,9 +21,9 @@ def _has_tma(arch: str) -> bool:
 
 
 def delta_rule_prepare_config(K: int, BT: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
-    """One program a chunk and query head; BK channels of q and k at a time."""
+    """One program a chunk and value head; BK channels of q and k at a time."""
     BK = min(64 if dtype.itemsize == 2 else 32, _power_of_two(K))
-    return LaunchConfig(BT=BT, BK=BK, num_warps=8 if BT == 64 else 4, num_stages=1)
+    return LaunchConfig(BT=BT, BK=BK, num_warps=4, num_stages=2)
 
 
 def delta_rule_forward_config(K: int, V: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
@@ -48,12 +48,12 @@ def causal_conv1d(
 ) -> LaunchConfig:
     """The tiles of the causal convolution: 128 threads, each with a run of tokens of one channel or a few."""
     warps = _warps(128, arch)
-    if time_is_fast:  # 32 runs of each of 4 channels
-        return LaunchConfig(BT=32 * (16 // dtype.itemsize if vectors else 8), BD=4, num_warps=warps)
-    if kind == "forward":
-        vector = 16 // dtype.itemsize
-    else:  # a thread keeps W weights and W + 1 sums a channel besides the run: more channels would spill
-        vector = 2 if W <= 4 else 1
+    if time_is_fast:  # 32 runs of each of 4 channels; the interpreter's time goes by programs, whatever their size
+        return LaunchConfig(
+            BT=32 * (16 // dtype.itemsize if vectors else 8), BD=64 if INTERPRET else 4, num_warps=warps
+        )
+    # In the backward pass a thread keeps W weights and W + 1 sums a channel besides the run: more would spill.
+    vector = 16 // dtype.itemsize if kind == "forward" else 2 if W <= 4 else 1
     BD = min(32 * vector, 1 << (D - 1).bit_length())
     return LaunchConfig(BT=8 * 128 * vector // BD, BD=BD, num_warps=warps)
 

@@ -26,7 +26,8 @@ import triton.language as tl
 from . import _config
 from ._launch import arch, multiprocessors, on_device
 from ._launch import why_not as _why_not_here
-from ._tiles import sequence_bounds
+from ._operators import operator
+from ._tiles import cast, sequence_bounds
 
 RUN = 8  # tokens of a lane that loads them one at a time
 VECTOR_BYTES = 16  # of a lane that loads its run at once
@@ -119,13 +120,13 @@ def _store_run(
         if MASKED:
             mask = mask & (time < L)
         run_at = at[:, :, None] + tl.arange(0, RUN)[None, None, :] * stride_t
-        tl.store(run_at, _join_run(columns, RUN).to(dtype), mask=mask[:, :, None])
+        tl.store(run_at, cast(_join_run(columns, RUN), dtype), mask=mask[:, :, None])
     else:
         for i in tl.static_range(RUN):
             mask = live
             if MASKED:
                 mask = mask & (time + i < L)
-            tl.store(at, columns[i].to(dtype), mask=mask)
+            tl.store(at, cast(columns[i], dtype), mask=mask)
             at += stride_t
 
 
@@ -454,7 +455,7 @@ def _initial_state_gradient(
         if dfinal_state is not None:  # the column is still in the final state of a short sequence
             at = dfinal_state + channel * dfinal_stride_d + (j - length) * dfinal_stride_w
             gradient += tl.load(at, mask=live & (length <= j), other=0).to(gradient.dtype)
-        tl.store(dstate + channel * (W - 1) + j, gradient.to(dstate.dtype.element_ty), mask=live)
+        tl.store(dstate + channel * (W - 1) + j, cast(gradient, dstate.dtype.element_ty), mask=live)
 
 
 @triton.jit(do_not_specialize=["N", "L", "tiles", "time_blocks", "channel_blocks", "steps"])
@@ -572,9 +573,9 @@ def _reduce_kernel(
     if s < W:
         if dweight is not None:
             at = dweight + channel.to(tl.int64) * W + (W - 1 - s)
-            tl.store(at, total.to(dweight.dtype.element_ty), mask=channel < D)
+            tl.store(at, cast(total, dweight.dtype.element_ty), mask=channel < D)
     elif dbias is not None:
-        tl.store(dbias + channel, total.to(dbias.dtype.element_ty), mask=channel < D)
+        tl.store(dbias + channel, cast(total, dbias.dtype.element_ty), mask=channel < D)
 
 
 # ------------------------------------------------------------------------------------------------- step
@@ -598,7 +599,7 @@ def _step_kernel(
 ):  # fmt: skip
     blocks = tl.cdiv(D, BD)
     b = (tl.program_id(0) // blocks).to(tl.int64)
-    channel = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
+    channel = (tl.program_id(0) % blocks * BD + tl.arange(0, BD)).to(tl.int64)
     live = channel < D
     slot = b
     if state_indices is not None:
@@ -607,7 +608,6 @@ def _step_kernel(
     if (slot >= 0) & (slot < slots):
         dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
         taps, z = _load_weight(weight, weight_stride_d, weight_stride_w, bias, bias_stride, channel, D, W, dtype)
-        channel = channel.to(tl.int64)
         now = tl.load(x + b * x_stride_b + channel * x_stride_d, mask=live, other=0).to(dtype)
         z += taps[0] * now
         at = state + slot * state_stride_n + channel * state_stride_d
@@ -615,11 +615,11 @@ def _step_kernel(
         for j in tl.static_range(W - 1):
             inputs = inputs + (tl.load(at + j * state_stride_w, mask=live, other=0),)
             z += taps[W - 1 - j] * inputs[j].to(dtype)
-        inputs = inputs + (now.to(state.dtype.element_ty),)
+        inputs = inputs + (cast(now, state.dtype.element_ty),)
         tl.debug_barrier()  # a column is overwritten only when every thread has read it
         for j in tl.static_range(W - 1):
             tl.store(at + j * state_stride_w, inputs[j + 1], mask=live)
-        tl.store(y_at, _activate(z, SILU).to(y.dtype.element_ty), mask=live)
+        tl.store(y_at, cast(_activate(z, SILU), y.dtype.element_ty), mask=live)
     else:
         tl.store(y_at, tl.zeros([BD], y.dtype.element_ty), mask=live)
 
@@ -657,13 +657,24 @@ def _config_for(kind: str, x: torch.Tensor, W: int) -> tuple[_config.LaunchConfi
     return config, constants | {"T_AXIS": int(time_is_fast), "VECTORS": vectors}
 
 
+def _results(x, weight, bias, initial_state, cu_seqlens, *, activation):
+    """What `forward` returns, not written."""
+    N = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    accumulator = torch.promote_types(x.dtype, torch.float32)
+    return _empty_with_layout(x), x.new_empty(N, x.shape[1], weight.shape[1] - 1, dtype=accumulator)
+
+
+@operator(
+    "causal_conv1d_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, *, "
+    "str? activation) -> Tensor[]",
+    _results,
+)
 def forward(x, weight, bias, initial_state, cu_seqlens, *, activation):
     """(y, final_state)."""
     B, D, L = x.shape
     W = weight.shape[1]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    y = _empty_with_layout(x)
-    final_state = x.new_empty(N, D, W - 1, dtype=torch.promote_types(x.dtype, torch.float32))
+    y, final_state = _results(x, weight, bias, initial_state, cu_seqlens, activation=activation)
     if N == 0:
         return y.zero_(), final_state
     config, constants = _config_for("forward", x, W)
@@ -680,17 +691,24 @@ def forward(x, weight, bias, initial_state, cu_seqlens, *, activation):
     return y, final_state
 
 
+def _gradients(x, weight, bias, initial_state, *_, needs, **__):
+    """What `backward` returns, not written."""
+    rest = zip((weight, bias, initial_state), needs[1:], strict=True)
+    return [_empty_with_layout(x) if needs[0] else None, *(t.new_empty(t.shape) if need else None for t, need in rest)]
+
+
+@operator(
+    "causal_conv1d_backward(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, "
+    "Tensor dy, Tensor? dfinal_state, *, str? activation, bool[4] needs) -> Tensor[]",
+    _gradients,
+)
 def backward(x, weight, bias, initial_state, cu_seqlens, dy, dfinal_state, *, activation, needs):
     """Gradients of x, weight, bias and initial_state, None where `needs` is False."""
     B, D, L = x.shape
     W = weight.shape[1]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     need_x, need_weight, need_bias, need_state = needs
-    dx = _empty_with_layout(x) if need_x else None
-    dweight = weight.new_empty(D, W) if need_weight else None
-    dbias = bias.new_empty(D) if need_bias else None
-    dstate = initial_state.new_empty(N, D, W - 1) if need_state else None
-    grads = [dx, dweight, dbias, dstate]
+    grads = dx, dweight, dbias, dstate = _gradients(x, weight, bias, initial_state, needs=needs)
     if N == 0:
         return [d if d is None else d.zero_() for d in grads]
 
@@ -723,6 +741,11 @@ def backward(x, weight, bias, initial_state, cu_seqlens, dy, dfinal_state, *, ac
     return grads
 
 
+@operator(
+    "causal_conv1d_step(Tensor x, Tensor weight, Tensor? bias, *, Tensor(a!) state, str? activation, "
+    "Tensor? state_indices) -> Tensor",
+    lambda x, *_, **__: x.new_empty(x.shape),
+)
 def step(x, weight, bias, *, state, activation, state_indices):
     """y; `state` is written in place."""
     B, D = x.shape

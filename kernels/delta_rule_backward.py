@@ -464,7 +464,7 @@ def query_gradients_kernel(
     q += tl.multiple_of(batch * q_b, ALIGN) + token * q_t + head * q_h
     k += tl.multiple_of(batch * k_b, ALIGN) + token * k_t + head * k_h
     grad = tl.zeros((BT, BK), compute)
-    for member in range(group):
+    for member in tl.range(group, disable_licm=True):
         hv = head * group + member
         at = tl.cast(slot, tl.int64) * HV + hv
         do_at = do + tl.multiple_of(batch * do_b, ALIGN) + token * do_t + hv * do_h
@@ -582,16 +582,13 @@ def key_gradients_kernel(
     q += tl.multiple_of(batch * q_b, ALIGN) + token * q_t + head * q_h
     k += tl.multiple_of(batch * k_b, ALIGN) + token * k_t + head * k_h
     grad = tl.zeros((BT, BK), compute)
-    for member in range(group):
+
+    # Through the chunk's exit state, and through P.
+    for member in tl.range(group, disable_licm=True):
         hv = head * group + member
         at = tl.cast(slot, tl.int64) * HV + hv
-        do_at = do + tl.multiple_of(batch * do_b, ALIGN) + token * do_t + hv * do_h
-        v_at = v + tl.multiple_of(batch * v_b, ALIGN) + token * v_t + hv * v_h
         line = (batch * HV + hv) * T + token + row
-        a = tl.load(factors + line, mask=alive, other=0.0)
-        c = tl.load(factors + line + 2 * factor_step, mask=alive, other=0.0)
-        rate = tl.load(beta + batch * beta_b + (token + row) * beta_t + hv * beta_h, mask=alive, other=0.0).to(compute)
-        # Through the chunk's exit state, and through P.
+        do_at = do + tl.multiple_of(batch * do_b, ALIGN) + token * do_t + hv * do_h
         state = tl.zeros((BT, BK), compute)
         scores = tl.zeros((BT, BT), compute)
         for first in tl.range(0, V, BV, num_stages=STAGES):
@@ -601,16 +598,24 @@ def key_gradients_kernel(
             dS_tile = _rows_of(dS + at * (K * V) + first, V, K, columns, BK, BV)
             state = dot(X_tile, tl.trans(dS_tile), state, PRECISION)
             scores = dot(X_tile, tl.trans(do_tile), scores, PRECISION)
-        state = state * c[:, None]
-        if dk is not None:
-            grad += state
+        state = state * tl.load(factors + line + 2 * factor_step, mask=alive, other=0.0)[:, None]
         if dg is not None:
-            # [j, m]: the paths over m that start in j, by way of P to m or later, or of the exit state.
+            # [j, m]: the paths over m from j, by way of P to m or later or of the exit state; m's own from the entry.
             to_end = tl.sum(state * _rows_of(k, k_t, live, K, BT, BK), 1)
             paths = scores * tl.load(P + at * (BT * BT) + row[None, :] * BT + row[:, None])
             paths = tl.cumsum(tl.where(upper, paths, 0.0), 1, reverse=True) + to_end[:, None]
-            gate = tl.sum(tl.where(upper, paths, 0.0), 0)
+            own = tl.load(dg_start + line, mask=alive, other=0.0)
+            total = tl.load(decay + at)
+            passed = tl.zeros((BK,), compute)
+            for first in tl.range(0, V, BV, num_stages=1):
+                columns = V - first
+                S_tile = _rows_of(S0 + at * (K * V) + first, V, K, columns, BK, BV)
+                dS_tile = _rows_of(dS + at * (K * V) + first, V, K, columns, BK, BV)
+                passed += tl.sum(S_tile.to(compute) * dS_tile, 1)
+            passed = tl.where(total == 0, 0.0, total * tl.sum(passed, 0))
+            tl.store(dg_start + line, tl.sum(tl.where(upper, paths, own[:, None]), 0) + passed, mask=alive)
         if dk is not None:
+            grad += state
             if gamma is not None:
                 scores = scores * tl.load(gamma + at * (BT * BT) + row[:, None] * BT + row[None, :])
             if norms is not None:
@@ -620,7 +625,14 @@ def key_gradients_kernel(
             scores = cast(tl.where(lower, 0.0, scores * scale), narrow)
             grad = dot(scores, _rows_of(q, q_t, live, K, BT, BK), grad, PRECISION)
 
-        # Through the chunk's entry state, and through the inverse.
+    tl.debug_barrier()  # other threads read what dg_start got
+    # Through the chunk's entry state, and through the inverse.
+    for member in tl.range(group, disable_licm=True):
+        hv = head * group + member
+        at = tl.cast(slot, tl.int64) * HV + hv
+        line = (batch * HV + hv) * T + token + row
+        v_at = v + tl.multiple_of(batch * v_b, ALIGN) + token * v_t + hv * v_h
+        rate = tl.load(beta + batch * beta_b + (token + row) * beta_t + hv * beta_h, mask=alive, other=0.0).to(compute)
         state = tl.zeros((BT, BK), compute)
         over = tl.zeros((BT, BT), compute)  # X dR^T
         under = tl.zeros((BT, BT), compute)  # its transpose
@@ -636,7 +648,7 @@ def key_gradients_kernel(
             if dbeta is not None:
                 v_tile = _rows_of(v_at + first, v_t, live, columns, BT, BV)
                 dots += tl.sum(dR_tile.to(compute) * v_tile, 1)
-        state = state * a[:, None]
+        state = state * tl.load(factors + line, mask=alive, other=0.0)[:, None]
         k_tile = _rows_of(k, k_t, live, K, BT, BK)
         from_start = tl.sum(state * k_tile, 1)
         if dk is not None:
@@ -657,18 +669,9 @@ def key_gradients_kernel(
             dots -= from_start + tl.sum(under * kk, 1)
             tl.store(dbeta + (token + row) * HV + hv, cast(dots, dbeta.dtype.element_ty), mask=alive)
         if dg is not None:
-            # The same by way of the inverse, and from the entry state to m or later.
-            start = tl.load(dg_start + line, mask=alive, other=0.0) - rate * from_start
-            paths = tl.cumsum(over * -kk, 1, reverse=True)
-            gate += tl.sum(tl.where(upper, paths, start[:, None]), 0)
-            total = tl.load(decay + at)
-            across = tl.zeros((BK,), compute)
-            for first in tl.range(0, V, BV, num_stages=1):
-                columns = V - first
-                S_tile = _rows_of(S0 + at * (K * V) + first, V, K, columns, BK, BV)
-                dS_tile = _rows_of(dS + at * (K * V) + first, V, K, columns, BK, BV)
-                across += tl.sum(S_tile.to(compute) * dS_tile, 1)
-            gate += tl.where(total == 0, 0.0, total * tl.sum(across, 0))
+            # The paths by way of the inverse, and m's own and later ones from the entry state.
+            paths = tl.where(upper, tl.cumsum(over * -kk, 1, reverse=True), -(rate * from_start)[:, None])
+            gate = tl.load(dg_start + line, mask=alive, other=0.0) + tl.sum(paths, 0)
             tl.store(dg + (token + row) * HV + hv, cast(gate, dg.dtype.element_ty), mask=alive)
         if dk is not None:
             grad = dot(cast(-under * rate[:, None] - over, narrow), k_tile, grad, PRECISION)

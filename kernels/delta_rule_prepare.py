@@ -45,7 +45,7 @@ def _substitute(A):
     row = tl.arange(0, 16)[:, None, None]
     column = tl.arange(0, 16)[None, :, None]
     X = tl.where(row == column, 1.0, tl.zeros_like(A))
-    for j in tl.static_range(15):
+    for j in tl.range(15):  # not unrolled: fewer registers
         below = tl.sum(tl.where(column == j, A, 0.0), 1)  # column j of A
         done = tl.sum(tl.where(row == j, X, 0.0), 0)  # row j of X, which no later step changes
         X = tl.where(row > j, X - below[:, None, :] * done[None, :, :], X)
@@ -53,47 +53,112 @@ def _substitute(A):
 
 
 @triton.jit
-def _inverse_16(A):
-    return tl.reshape(_substitute(tl.reshape(A, (16, 16, 1))), (16, 16))
-
-
-@triton.jit
-def _merge(X00, A10, X11, n: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + A)^{-1} [2n, 2n] from the inverses of its diagonal blocks."""
-    X10 = -dot(X11, dot(A10, X00, None, PRECISION), None, PRECISION)
-    return _from_quarters(X00, X10, X11, n)
-
-
-@triton.jit
-def _inverse_32(A, PRECISION: tl.constexpr):
-    A00, A10, A11 = _quarters(A, 16)
-    X00, X11 = tl.split(_substitute(tl.join(A00, A11)))
-    return _merge(X00, A10, X11, 16, PRECISION)
-
-
-@triton.jit
-def _inverse_64(A, PRECISION: tl.constexpr):
-    A00, A10, A11 = _quarters(A, 32)
-    B00, B10, B11 = _quarters(A00, 16)
-    C00, C10, C11 = _quarters(A11, 16)
-    blocks = tl.reshape(tl.join(tl.join(B00, B11), tl.join(C00, C11)), (16, 16, 4))
-    X0, X1 = tl.split(tl.reshape(_substitute(blocks), (16, 16, 2, 2)))
-    B00, B11 = tl.split(X0)
-    C00, C11 = tl.split(X1)
-    X00 = _merge(B00, B10, B11, 16, PRECISION)
-    X11 = _merge(C00, C10, C11, 16, PRECISION)
-    return _merge(X00, A10, X11, 32, PRECISION)
+def _merge(X00, A10, X11, PRECISION: tl.constexpr):
+    """The block (1, 0) of (I + A)^{-1} from the inverses of the diagonal blocks."""
+    return -dot(X11, dot(A10, X00, None, PRECISION), None, PRECISION)
 
 
 @triton.jit
 def _inverse(A, PRECISION: tl.constexpr):
-    """(I + A)^{-1} of a strictly lower triangular A [BT, BT]: 16 x 16 blocks by substitution, merged by products."""
+    """(I + A)^{-1} of one strictly lower triangular block [16, 16] or [32, 32]."""
     if A.shape[0] == 16:
-        return _inverse_16(A)
-    elif A.shape[0] == 32:
-        return _inverse_32(A, PRECISION)
+        return tl.reshape(_substitute(tl.reshape(A, (16, 16, 1))), (16, 16))
     else:
-        return _inverse_64(A, PRECISION)
+        A00, A10, A11 = _quarters(A, 16)
+        X00, X11 = tl.split(_substitute(tl.join(A00, A11)))
+        return _from_quarters(X00, _merge(X00, A10, X11, PRECISION), X11, 16)
+
+
+@triton.jit
+def _inverse_of_two(A, B, PRECISION: tl.constexpr):
+    """`_inverse` of two blocks [32, 32]; the substitution, a chain of short steps, takes both at once."""
+    A00, A10, A11 = _quarters(A, 16)
+    B00, B10, B11 = _quarters(B, 16)
+    blocks = tl.reshape(tl.join(tl.join(A00, A11), tl.join(B00, B11)), (16, 16, 4))
+    X, Y = tl.split(tl.reshape(_substitute(blocks), (16, 16, 2, 2)))
+    A00, A11 = tl.split(X)
+    B00, B11 = tl.split(Y)
+    A = _from_quarters(A00, _merge(A00, A10, A11, PRECISION), A11, 16)
+    B = _from_quarters(B00, _merge(B00, B10, B11, PRECISION), B11, 16)
+    return A, B
+
+
+@triton.jit
+def _load_rows(x, stride, row, live, first, K: tl.constexpr, BK: tl.constexpr):
+    d = first + tl.arange(0, BK)
+    mask = (row < live)[:, None] & (d < K)[None, :]
+    return tl.load(x + row.to(tl.int64)[:, None] * stride + d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _square(x, compute: tl.constexpr):
+    x = x.to(compute)
+    return tl.sum(x * x, 1)
+
+
+@triton.jit
+def _gates(gate):
+    """Sums of g over (j, i] for i >= j, over [0, i], over (j, end) and over all, each added up by itself.
+
+    Never differences of sums: those are wrong behind g = -1e4 and NaN behind -inf.
+    """
+    i = tl.arange(0, gate.shape[0])[:, None]
+    j = tl.arange(0, gate.shape[0])[None, :]
+    later = tl.where(i > j, gate[:, None], 0.0)
+    upto = tl.sum(tl.where(i >= j, gate[None, :], 0.0), 1)
+    return tl.cumsum(later, 0), upto, tl.sum(later, 0), tl.sum(gate, 0)
+
+
+@triton.jit
+def _first_bad(bad, row, none):
+    """The first row with a True, or `none`."""
+    return tl.min(tl.where(tl.max(bad.to(tl.int32), 1) > 0, row, none), 0)
+
+
+@triton.jit
+def _store_block(x, tile, row, column, live, BT: tl.constexpr):
+    """One block of a lower triangular [BT, BT], zero outside of its live rows."""
+    i = row[:, None]
+    j = column[None, :]
+    tl.store(x + i * BT + j, cast(tl.where((i < live) & (i >= j), tile, 0.0), x.dtype.element_ty))
+
+
+@triton.jit
+def _decays(between, row, column, live):
+    """e^between on and below the diagonal; above it, where gates have no say, nothing overflows."""
+    return tl.exp(tl.where((row[:, None] < live) & (row[:, None] >= column[None, :]), between, 0.0))
+
+
+@triton.jit
+def _store_M(M, inverse, decays, rate, row, column, live, first_bad, BT: tl.constexpr, FOLD: tl.constexpr):
+    if FOLD:
+        inverse = inverse * rate[None, :]
+    _store_block(M, tl.where((row < first_bad)[:, None], inverse * decays, float("nan")), row, column, live, BT)
+
+
+@triton.jit
+def _store_gamma(gamma, decays, row, column, BT: tl.constexpr):
+    """One block on or below the diagonal of a [BT, BT] that is mirrored at it."""
+    i = row[:, None]
+    j = column[None, :]
+    tile = cast(decays, gamma.dtype.element_ty)
+    tl.store(gamma + i * BT + j, tile, mask=i >= j)
+    tl.store(gamma + j * BT + i, tile, mask=i > j)
+
+
+@triton.jit
+def _store_norms(norms, step, row, live, k_norm, q_square):
+    tl.store(norms + row, k_norm, mask=row < live)
+    tl.store(norms + row + step, 1 / tl.sqrt(q_square + 1e-6), mask=row < live)
+
+
+@triton.jit
+def _store_factors(factors, step, row, live, before, after, k_norm, b_norm):
+    """a, b and c of some rows, from the sums of g before and after them."""
+    entry = tl.exp(before)
+    tl.store(factors + row, entry * k_norm, mask=row < live)
+    tl.store(factors + row + step, entry * b_norm, mask=row < live)
+    tl.store(factors + row + 2 * step, tl.exp(after) * k_norm, mask=row < live)
 
 
 @triton.jit(do_not_specialize=["T", "N", "slots", "q_b", "k_b", "beta_b", "g_b", "scale"])
@@ -137,8 +202,8 @@ def prepare_kernel(
     INVERSE_PRECISION: tl.constexpr,
 ):
     slot = tl.program_id(0)
-    head = tl.program_id(1)
-    HV = tl.num_programs(1) * group
+    head = tl.program_id(1).to(tl.int64)
+    HV = tl.num_programs(1)
     compute = factors.dtype.element_ty
     if cu_seqlens is None:
         batch = slot // tl.cdiv(T, ROWS)
@@ -156,82 +221,114 @@ def prepare_kernel(
     token = start + chunk * ROWS  # of row 0
     batch = batch.to(tl.int64)
 
-    row = tl.arange(0, BT)
-    i = row[:, None]
-    j = row[None, :]
-    inside = (i < live) & (i >= j)
+    # A chunk of 64 rows is taken in two halves: no tile is larger than 32 x 32, and none above the diagonal is made.
+    HALF: tl.constexpr = min(BT, 32)
+    TWO: tl.constexpr = BT > HALF
+    row = tl.arange(0, HALF)
+    row1 = row + HALF
+    lower = row[:, None] > row[None, :]
 
-    q += tl.multiple_of(batch * q_b, ALIGN) + token * q_t + head * q_h
-    k += tl.multiple_of(batch * k_b, ALIGN) + token * k_t + head * k_h
-    d = tl.arange(0, BK)
-    kk = tl.zeros((BT, BT), compute)
-    qk = tl.zeros((BT, BT), compute)
-    k_square = tl.zeros((BT,), compute)
-    q_square = tl.zeros((BT,), compute)
-    for first in tl.static_range(0, K, BK):
-        mask = (i < live) & (first + d < K)[None, :]
-        k_tile = tl.load(k + i.to(tl.int64) * k_t + (first + d)[None, :], mask=mask, other=0.0)
-        q_tile = tl.load(q + i.to(tl.int64) * q_t + (first + d)[None, :], mask=mask, other=0.0)
-        kk = dot(k_tile, tl.trans(k_tile), kk, PRECISION)
-        qk = dot(q_tile, tl.trans(k_tile), qk, PRECISION)
+    q += tl.multiple_of(batch * q_b, ALIGN) + token * q_t + (head // group) * q_h
+    k += tl.multiple_of(batch * k_b, ALIGN) + token * k_t + (head // group) * k_h
+    zero = tl.zeros((HALF, HALF), compute)
+    none = tl.zeros((HALF,), compute)
+    kk00, qk00, kk10, qk10, kk11, qk11 = zero, zero, zero, zero, zero, zero
+    k0_square, q0_square, k1_square, q1_square = none, none, none, none
+    for first in tl.range(0, K, BK):
+        k0 = _load_rows(k, k_t, row, live, first, K, BK)
+        q0 = _load_rows(q, q_t, row, live, first, K, BK)
+        kk00 = dot(k0, tl.trans(k0), kk00, PRECISION)
+        qk00 = dot(q0, tl.trans(k0), qk00, PRECISION)
         if QK_L2NORM:
-            k_square += tl.sum(k_tile.to(compute) * k_tile.to(compute), 1)
-            q_square += tl.sum(q_tile.to(compute) * q_tile.to(compute), 1)
-    if QK_L2NORM:
-        k_norm = 1 / tl.sqrt(k_square + 1e-6)
-        q_norm = 1 / tl.sqrt(q_square + 1e-6)
-        kk = kk * k_norm[:, None] * k_norm[None, :]
-        qk = qk * q_norm[:, None] * k_norm[None, :]
-    else:
-        k_norm = tl.full((BT,), 1.0, compute)
-        q_norm = tl.full((BT,), 1.0, compute)
+            k0_square += _square(k0, compute)
+            q0_square += _square(q0, compute)
+        if TWO:
+            k1 = _load_rows(k, k_t, row1, live, first, K, BK)
+            q1 = _load_rows(q, q_t, row1, live, first, K, BK)
+            kk10 = dot(k1, tl.trans(k0), kk10, PRECISION)
+            qk10 = dot(q1, tl.trans(k0), qk10, PRECISION)
+            kk11 = dot(k1, tl.trans(k1), kk11, PRECISION)
+            qk11 = dot(q1, tl.trans(k1), qk11, PRECISION)
+            if QK_L2NORM:
+                k1_square += _square(k1, compute)
+                q1_square += _square(q1, compute)
+    # r_k and scale r_q of each row
+    k0_norm = 1 / tl.sqrt(k0_square + 1e-6) if QK_L2NORM else none + 1
+    q0_norm = scale / tl.sqrt(q0_square + 1e-6) if QK_L2NORM else none + scale
+    k1_norm = 1 / tl.sqrt(k1_square + 1e-6) if QK_L2NORM else none + 1
+    q1_norm = scale / tl.sqrt(q1_square + 1e-6) if QK_L2NORM else none + scale
+    kk00 = kk00 * k0_norm[:, None] * k0_norm[None, :]
+    qk00 = qk00 * q0_norm[:, None] * k0_norm[None, :]
+    kk10 = kk10 * k1_norm[:, None] * k0_norm[None, :]
+    qk10 = qk10 * q1_norm[:, None] * k0_norm[None, :]
+    kk11 = kk11 * k1_norm[:, None] * k1_norm[None, :]
+    qk11 = qk11 * q1_norm[:, None] * k1_norm[None, :]
 
-    for hv in range(head * group, (head + 1) * group):
-        here = tl.cast(slot, tl.int64) * HV + hv
-        beta_row = beta + batch * beta_b + token * beta_t + hv * beta_h
-        rate = tl.load(beta_row + row.to(tl.int64) * beta_t, mask=row < live, other=0.0).to(compute)
-        A = tl.where(inside, rate[:, None] * kk, 0.0)
-        bad = not_finite(A)
+    line = HV.to(tl.int64) * T  # one factor of one batch row
+    step = line * (slots // tl.cdiv(T, ROWS) if cu_seqlens is None else 1)
+    here = tl.cast(slot, tl.int64) * HV + head
+    M += here * (BT * BT)
+    P += here * (BT * BT)
+    factors += batch * line + head * T + token
+    rates = beta + batch * beta_b + token * beta_t + head * beta_h
+    rate0 = tl.load(rates + row.to(tl.int64) * beta_t, mask=row < live, other=0.0).to(compute)
+    rate1 = none
+    between00, upto0, after0, whole0 = zero, none, none, tl.cast(0, compute)
+    between11, upto1, after1, whole1 = zero, none, none, tl.cast(0, compute)
+    gate0, gate1 = none, none
+    if g is not None:
+        gates = g + batch * g_b + token * g_t + head * g_h
+        gate0 = tl.load(gates + row.to(tl.int64) * g_t, mask=row < live, other=0.0).to(compute)
+        between00, upto0, after0, whole0 = _gates(gate0)
+    A00 = rate0[:, None] * kk00
+    # From the first row that is not finite on, every new value is NaN: products would spread it to earlier rows.
+    bad = not_finite(tl.where(row[:, None] >= row[None, :], A00, 0.0))
+    bad = bad | ((gate0 != gate0) | (gate0 == float("inf")))[:, None]
+    first_bad = _first_bad(bad, row, BT)
+    decays00 = _decays(between00, row, row, live)
+    _store_block(P, qk00 * decays00, row, row, live, BT)
+    if gamma is not None:
+        gamma += here * (BT * BT)
+        _store_gamma(gamma, decays00, row, row, BT)
+    if norms is not None:
+        norms += batch * line + head * T + token
+        _store_norms(norms, step, row, live, k0_norm, q0_square)
+    if TWO:
+        rate1 = tl.load(rates + row1.to(tl.int64) * beta_t, mask=row1 < live, other=0.0).to(compute)
         if g is not None:
-            g_row = g + batch * g_b + token * g_t + hv * g_h
-            gate = tl.load(g_row + row.to(tl.int64) * g_t, mask=row < live, other=0.0).to(compute)
-            # Each exponent is a sum of g over its own range, never a difference of sums: exact behind -inf and -1e4.
-            later = tl.where(i > j, gate[:, None], 0.0)
-            between = tl.exp(tl.where(inside, tl.cumsum(later, 0), 0.0))  # sum over (j, i]
-            entry = tl.exp(tl.sum(tl.where(i >= j, gate[None, :], 0.0), 1))
-            leave = tl.exp(tl.sum(later, 0))
-            whole = tl.exp(tl.sum(gate, 0))
-            bad = bad | ((gate != gate) | (gate == float("inf")))[:, None]
-        else:
-            between = tl.full((BT, BT), 1.0, compute)
-            entry = tl.full((BT,), 1.0, compute)
-            leave = tl.full((BT,), 1.0, compute)
-            whole = tl.full((), 1.0, compute)
-
-        # From the first row that is not finite on, every new value is NaN; products would spread it to the rows before.
-        first_bad = tl.min(tl.min(tl.where(bad, i, BT), 1), 0)
-        inverse = _inverse(tl.where((i > j) & (i < first_bad), A, 0.0), INVERSE_PRECISION)
-        if FOLD_BETA:
-            inverse = inverse * rate[None, :]
-        m = tl.where(i < first_bad, inverse * between, float("nan"))
-        at = here * (BT * BT) + i * BT + j
-        tl.store(M + at, cast(tl.where(inside, m, 0.0), M.dtype.element_ty))
-        tl.store(P + at, cast(tl.where(inside, scale * between * qk, 0.0), P.dtype.element_ty))
-
-        line = tl.num_programs(1).to(tl.int64) * group * T  # of one factor of one batch row
-        at = batch * line + tl.cast(hv, tl.int64) * T + token + row
-        step = line * (1 if cu_seqlens is not None else slots // tl.cdiv(T, ROWS))
-        tl.store(factors + at, entry * k_norm, mask=row < live)
-        tl.store(factors + at + step, scale * entry * q_norm, mask=row < live)
-        tl.store(factors + at + 2 * step, leave * k_norm, mask=row < live)
-        tl.store(decay + here, whole)
-        if norms is not None:
-            tl.store(norms + at, k_norm, mask=row < live)
-            tl.store(norms + at + step, q_norm, mask=row < live)
+            gate1 = tl.load(gates + row1.to(tl.int64) * g_t, mask=row1 < live, other=0.0).to(compute)
+            between11, upto1, after1, whole1 = _gates(gate1)
+        _store_factors(factors, step, row1, live, whole0 + upto1, after1, k1_norm, q1_norm)
+        A10 = rate1[:, None] * kk10
+        A11 = rate1[:, None] * kk11
+        bad = not_finite(A10) | not_finite(tl.where(row[:, None] >= row[None, :], A11, 0.0))
+        bad = bad | ((gate1 != gate1) | (gate1 == float("inf")))[:, None]
+        first_bad = tl.minimum(first_bad, _first_bad(bad, row1, BT))
+        decays11 = _decays(between11, row1, row1, live)
+        _store_block(P, zero, row, row1, live, BT)
+        _store_block(P, qk10 * _decays(upto1[:, None] + after0[None, :], row1, row, live), row1, row, live, BT)
+        _store_block(P, qk11 * decays11, row1, row1, live, BT)
         if gamma is not None:
-            at = gamma + here * (BT * BT)
-            tl.store(at + i * BT + j, cast(between, gamma.dtype.element_ty), mask=i >= j)
-            tl.store(at + j * BT + i, cast(between, gamma.dtype.element_ty), mask=i > j)
+            _store_gamma(gamma, _decays(upto1[:, None] + after0[None, :], row1, row, live), row1, row, BT)
+            _store_gamma(gamma, decays11, row1, row1, BT)
+        if norms is not None:
+            _store_norms(norms, step, row1, live, k1_norm, q1_square)
+    _store_factors(factors, step, row, live, upto0, after0 + whole1, k0_norm, q0_norm)
+    tl.store(decay + here, tl.exp(whole0 + whole1))
+
+    A00 = tl.where(lower & (row < first_bad)[:, None], A00, 0.0)
+    if TWO:
+        A10 = tl.where((row1 < first_bad)[:, None], A10, 0.0)
+        A11 = tl.where(lower & (row1 < first_bad)[:, None], A11, 0.0)
+        X00, X11 = _inverse_of_two(A00, A11, INVERSE_PRECISION)
+        X10 = _merge(X00, A10, X11, INVERSE_PRECISION)
+        decays10 = _decays(upto1[:, None] + after0[None, :], row1, row, live)
+        _store_block(M, zero, row, row1, live, BT)
+        _store_M(M, X10, decays10, rate0, row1, row, live, first_bad, BT, FOLD_BETA)
+        _store_M(M, X11, decays11, rate1, row1, row1, live, first_bad, BT, FOLD_BETA)
+    else:
+        X00 = _inverse(A00, INVERSE_PRECISION)
+    _store_M(M, X00, decays00, rate0, row, row, live, first_bad, BT, FOLD_BETA)
 
 
 class Chunks(NamedTuple):
@@ -281,7 +378,7 @@ def prepare(q, k, beta, g, cu_seqlens, *, scale, qk_l2norm, forward, BT, rows=No
     norms = torch.empty_like(factors[:2]) if qk_l2norm and not forward else None
     if slots and T:
         with on_device(q):
-            prepare_kernel[(slots, H)](
+            prepare_kernel[(slots, HV)](
                 q,
                 k,
                 beta,

@@ -38,7 +38,12 @@ def load() -> None:
 def _fingerprint() -> str:
     """Of everything the library is made from: sources, headers, flags, compiler, torch."""
     seen = hashlib.sha256(f"{_build.compiler()} {torch.__version__}".encode())
-    for path in [*sorted(CSRC.glob("*.h")), *_build.simt_sources(CSRC), Path(_build.__file__)]:
+    for path in [
+        *sorted(CSRC.glob("*.h")),
+        *sorted(CSRC.glob("*.cuh")),
+        *_build.simt_sources(CSRC),
+        Path(_build.__file__),
+    ]:
         seen.update(path.name.encode() + b"\0" + path.read_bytes())
     return seen.hexdigest()[:16]
 

@@ -223,6 +223,32 @@ def test_boundaries_that_could_not_be_checked_touch_nothing_outside(backend, mon
             assert not found[name][:, :first].any() and not found[name][:, last:].any(), name
 
 
+def test_boundaries_that_run_backwards_are_made_monotone(backend, monkeypatch):
+    """Each becomes the largest so far: sequences never overlap."""
+    monkeypatch.setattr(fla_ops._checks, "_can_read", lambda x: False)
+    x = random_inputs(T=70, K=20, V=12, sequences=4, state=torch.float32)
+    do, ds = random_cotangents(x, 4)
+    found = results(op_of(backend), x, do, ds, cu_seqlens=torch.tensor([-3, 50, 20, 30, 65]))
+    right = results(op_of(backend), x, do, ds, cu_seqlens=torch.tensor([0, 50, 50, 50, 65]))
+    assert_same_bits(found, right)
+    assert not any(right[name][:, 65:].any() for name in ("o", "dq", "dk", "dv", "dbeta", "dg"))
+
+
+def test_rows_outside_of_every_sequence_may_hold_anything(backend, monkeypatch):
+    """The tail of a buffer that is longer than its sequences: its NaN are read by nobody, its gradients are 0."""
+    monkeypatch.setattr(fla_ops._checks, "_can_read", lambda x: False)
+    x = random_inputs(T=70, K=20, V=12, sequences=2, state=torch.float32)
+    do, ds = random_cotangents(x, 2)
+    l2norm = backend != "reference"  # which normalises all rows, and differentiates through that
+    options = {"cu_seqlens": torch.tensor([5, 40, 60]), "qk_l2norm": l2norm}
+    right = results(op_of(backend), x, do, ds, **options)
+    for t in (do, *(x[name] for name in TOKENS)):
+        t[:, :5] = t[:, 60:] = torch.nan
+    found = results(op_of(backend), x, do, ds, **options)
+    assert_same_bits(found, right)
+    assert all(t.isfinite().all() for t in found.values())
+
+
 def test_slots_that_could_not_be_checked_touch_nothing_outside(backend, monkeypatch):
     monkeypatch.setattr(fla_ops._checks, "_can_read", lambda x: False)
     x = random_inputs(B=3, T=1, state=torch.float32)

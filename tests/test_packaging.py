@@ -160,7 +160,7 @@ def test_the_licence_is_named_in_every_source():
         *ROOT.glob("*.py"),
         *(p for f in ("fla_ops", "kernels", "csrc", "tests") for p in (ROOT / f).rglob("*")),
     ]:
-        if path.suffix in (".py", ".cpp", ".cu", ".h", ".inc"):
+        if path.suffix in (".py", ".cpp", ".cu", ".cuh", ".h", ".inc"):
             assert "SPDX-License-Identifier: Apache-2.0" in path.read_text().splitlines()[0], path
 
 

@@ -138,33 +138,48 @@ def test_runs_the_cuda_kernels(order):
     torch.testing.assert_close(y, reference(x.double(), weight.double())[0].float())
 
 
+def conv_gradients(ops):
+    x, weight, dy = torch.randn(1, 40, 1000), torch.randn(40, 4), torch.randn(1, 40, 1000)
+    return ops.causal_conv1d_backward(x, weight, None, None, None, False, dy, None, 15)
+
+
+def delta_rule_gradients(ops):
+    q, k, v, do = (torch.randn(1, 40, 1, 64) for _ in range(4))
+    k, beta, g = k / 8, torch.rand(1, 40, 1), -torch.rand(1, 40, 1)
+    states = torch.ops.fla_ops_simt.delta_rule_forward(q, k, v, beta, g, 0.1, None, None, False, True)[2]
+    return ops.delta_rule_backward(q, k, v, beta, g, 0.1, None, None, False, states, do, None, 63)
+
+
+BARRIERS = {"causal_conv1d_cuda.cu": conv_gradients, "delta_rule_backward_cuda.cu": delta_rule_gradients}
+
+
 @pytest.mark.slow
 def test_a_barrier_dropped_from_a_real_kernel_shows(tmp_path):
-    """Each __syncthreads of the convolution, taken out of a copy, changes a gradient in one of the lane orders."""
-    source = (simt.CSRC / "causal_conv1d_cuda.cu").read_text()
-    places = [m.start() for m in re.finditer(r"__syncthreads\(\);", source)]
-    assert places
-    x, weight, dy = torch.randn(1, 40, 1000), torch.randn(40, 4), torch.randn(1, 40, 1000)
-    arguments = (x, weight, None, None, None, False, dy, None, 15)
-
-    def gradients(ops):
-        for order in ORDERS:
-            with simt.lane_order(order, ops):
-                yield torch.cat([d.flatten() for d in ops.causal_conv1d_backward(*arguments)])
-
+    """Each __syncthreads of the kernels, taken out of a copy, changes a gradient in one of the lane orders."""
     simt.load()
-    right, other = gradients(torch.ops.fla_ops_simt)
-    assert torch.equal(right, other)
-    for i, place in enumerate(places):
-        copy = tmp_path / f"csrc{i}"
-        shutil.copytree(simt.CSRC, copy)
-        mutant = source[:place] + source[place:].replace("__syncthreads();", "", 1)
-        (copy / "causal_conv1d_cuda.cu").write_text(mutant)
-        namespace = f"fla_ops_simt_mutant{i}"
-        _build.build_simt(copy, tmp_path / f"{namespace}.so", namespace)
-        torch.ops.load_library(tmp_path / f"{namespace}.so")
-        found = gradients(getattr(torch.ops, namespace))
-        assert not all(torch.equal(right, got) for got in found), f"barrier {i} can go"
+    barrier = "__syncthreads();"
+    sources = {path.name: path.read_text() for path in _build.cuda_sources(simt.CSRC)}
+    assert {name for name, text in sources.items() if barrier in text} == set(BARRIERS)
+    for name, gradients in BARRIERS.items():
+
+        def in_both_orders(ops, gradients=gradients):
+            for order in ORDERS:
+                torch.manual_seed(0)
+                with simt.lane_order(order, ops), simt.lane_order(order):
+                    yield torch.cat([d.flatten() for d in gradients(ops)])
+
+        right, other = in_both_orders(torch.ops.fla_ops_simt)
+        assert torch.equal(right, other)
+        pieces = sources[name].split(barrier)
+        for i in range(1, len(pieces)):
+            mutant = f"fla_ops_simt_{Path(name).stem}_{i}"
+            copy = tmp_path / mutant
+            shutil.copytree(simt.CSRC, copy, ignore=lambda _, names, kept=name: set(names) & set(sources) - {kept})
+            (copy / name).write_text(barrier.join(pieces[:i]) + barrier.join(pieces[i:]))
+            _build.build_simt(copy, copy / "mutant.so", mutant)
+            torch.ops.load_library(copy / "mutant.so")
+            found = in_both_orders(getattr(torch.ops, mutant))
+            assert not all(torch.equal(right, got) for got in found), f"{name}: barrier {i} can go"
 
 
 def conv_calls(dtype):
