@@ -48,7 +48,7 @@ def not_finite(x):
 
 @triton.jit
 def sequence_bounds(cu_seqlens, n, T):
-    """(first token, length) of packed sequence n. Bad values of cu_seqlens give other tokens of [0, T), never others."""
+    """(first token, length) of packed sequence n. Bad values of cu_seqlens give wrong tokens of [0, T), no others."""
     start = tl.minimum(tl.maximum(tl.load(cu_seqlens + n).to(tl.int64), 0), T)
     end = tl.minimum(tl.maximum(tl.load(cu_seqlens + n + 1).to(tl.int64), start), T)
     return start, end - start
@@ -111,3 +111,36 @@ def store_tile(target, x, first, rows, stride, columns, BT: tl.constexpr, BD: tl
         column = tl.arange(0, BD)
         at = (first + row).to(tl.int64)[:, None] * stride + column[None, :]
         tl.store(target + at, x, mask=(row < rows)[:, None] & (column < columns)[None, :])
+
+
+@triton.jit
+def first_of(cu_seqlens, n, start, T, ROWS):
+    """The first slot of sequence n, in an array with one slot for ROWS tokens."""
+    if cu_seqlens is None:
+        return tl.cast(n, tl.int64) * tl.cdiv(T, ROWS)
+    else:
+        return first_slot(start, n, ROWS)
+
+
+@triton.jit
+def segment_of_slot(slot, cu_seqlens, N, T, TOKENS, SPLIT: tl.constexpr):
+    """(sequence, batch row, first token, length, segment) of the slot of a segment of TOKENS tokens."""
+    if cu_seqlens is None:
+        segments = tl.maximum(tl.cdiv(T, TOKENS), 1) if SPLIT else 1
+        n = (slot // segments).to(tl.int64)
+        return n, n, tl.cast(0, tl.int64), tl.cast(T, tl.int32), slot % segments
+    else:
+        n = sequence_of_slot(cu_seqlens, slot, N, T, TOKENS) if SPLIT else slot
+        start, length = sequence_bounds(cu_seqlens, n, T)
+        segment = slot - first_slot(start, n, TOKENS) if SPLIT else 0
+        return tl.cast(n, tl.int64), tl.cast(0, tl.int64), start, length.to(tl.int32), tl.cast(segment, tl.int32)
+
+
+@triton.jit
+def zero_rows(o, first, last, row_stride, columns, BT: tl.constexpr, BV: tl.constexpr):
+    column = tl.arange(0, BV)
+    for token in range(first, last, BT):
+        row = token + tl.arange(0, BT)
+        mask = (row < last)[:, None] & (column < columns)[None, :]
+        zero = tl.zeros((BT, BV), o.dtype.element_ty)
+        tl.store(o + row.to(tl.int64)[:, None] * row_stride + column[None, :], zero, mask=mask)

@@ -29,31 +29,11 @@ from . import _launch
 from ._config import CHECKPOINT, delta_rule_forward_config, delta_rule_step_config
 from ._launch import allow_descriptors, arch, multiprocessors, on_device, precision
 from ._operators import operator
-from ._tiles import cast, dot, first_slot, not_finite, sequence_bounds, sequence_of_slot
+from ._tiles import cast, dot, first_of, load_tile, not_finite, segment_of_slot, sequence_bounds, tile_source, zero_rows
+from .delta_rule_backward import backward  # noqa: F401 - this module offers it
 from .delta_rule_prepare import alignment, chunk_slots, power_of_two, prepare, widened
 
 MAX_HEAD_DIM = 256
-
-
-@triton.jit
-def _source(base, rows, stride, columns, BT: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
-    """What `_tile` reads [BT, BD] tiles from: a tensor descriptor, whose bounds make zeros, or a pointer."""
-    if TMA:
-        return tl.make_tensor_descriptor(base, [tl.maximum(rows, 1), columns], [stride, 1], [BT, BD])
-    else:
-        return base
-
-
-@triton.jit
-def _tile(source, first, rows, stride, columns, BT: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
-    """Rows [first, first + BT) of a source; zeros outside of [0, rows) x [0, columns)."""
-    if TMA:
-        return source.load([first, 0])
-    else:
-        row = first + tl.arange(0, BT)
-        column = tl.arange(0, BD)
-        at = row.to(tl.int64)[:, None] * stride + column[None, :]
-        return tl.load(source + at, mask=(row < rows)[:, None] & (column < columns)[None, :], other=0.0)
 
 
 @triton.jit
@@ -105,8 +85,8 @@ def _walk(
     for chunk in tl.range(first, last, num_stages=STAGES):
         token = chunk * ROWS
         live = row < tl.minimum(length - token, ROWS)
-        k_tile = _tile(k, token, length, k_t, K, BT, BK, TMA)
-        M_tile = _tile(M, chunk * HV * BT, last * HV * BT, BT, BT, BT, BT, TMA)
+        k_tile = load_tile(k, token, length, k_t, K, BT, BK, TMA)
+        M_tile = load_tile(M, chunk * HV * BT, last * HV * BT, BT, BT, BT, BT, TMA)
         a = tl.load(factors + token + row, mask=live, other=0.0)
         c = tl.load(factors + token + row + 2 * factor_step, mask=live, other=0.0)
         whole = tl.load(decay + tl.cast(chunk, tl.int64) * HV)
@@ -116,7 +96,7 @@ def _walk(
             tl.store(states + at, S, mask=(key < due)[:, None] & (column < columns)[None, :])
 
         low = cast(S, DTYPE)
-        v_tile = _tile(v, token, length, v_t, columns, BT, BV, TMA)
+        v_tile = load_tile(v, token, length, v_t, columns, BT, BV, TMA)
         R = tl.where(values, v_tile, 0.0) - a[:, None] * dot(k_tile, low, None, PRECISION)
         if CAREFUL:
             bad = not_finite(cast(R, DTYPE).to(S.dtype))
@@ -128,8 +108,8 @@ def _walk(
             X = dot(M_tile, cast(R, DTYPE), None, PRECISION)
         if OUTPUT:
             b = tl.load(factors + token + row + factor_step, mask=live, other=0.0)
-            q_tile = _tile(q, token, length, q_t, K, BT, BK, TMA)
-            P_tile = _tile(P, chunk * HV * BT, last * HV * BT, BT, BT, BT, BT, TMA)
+            q_tile = load_tile(q, token, length, q_t, K, BT, BK, TMA)
+            P_tile = load_tile(P, chunk * HV * BT, last * HV * BT, BT, BT, BT, BT, TMA)
             O = dot(q_tile, low, None, PRECISION) * b[:, None]
             if CAREFUL:
                 O = dot(P_tile, cast(tl.where(bad, 0.0, X), DTYPE), O, PRECISION)
@@ -165,39 +145,6 @@ def _store_state(state, S, row_stride, K, columns, BK: tl.constexpr, BV: tl.cons
     column = tl.arange(0, BV)
     mask = (key < K)[:, None] & (column < columns)[None, :]
     tl.store(state + key[:, None] * row_stride + column[None, :], S, mask=mask)
-
-
-@triton.jit
-def _zero_rows(o, first, last, row_stride, columns, BT: tl.constexpr, BV: tl.constexpr):
-    column = tl.arange(0, BV)
-    for token in range(first, last, BT):
-        row = token + tl.arange(0, BT)
-        mask = (row < last)[:, None] & (column < columns)[None, :]
-        zero = tl.zeros((BT, BV), o.dtype.element_ty)
-        tl.store(o + row.to(tl.int64)[:, None] * row_stride + column[None, :], zero, mask=mask)
-
-
-@triton.jit
-def _first_of(cu_seqlens, n, start, T, ROWS):
-    """The first slot of sequence n, in an array with one slot for ROWS tokens."""
-    if cu_seqlens is None:
-        return tl.cast(n, tl.int64) * tl.cdiv(T, ROWS)
-    else:
-        return first_slot(start, n, ROWS)
-
-
-@triton.jit
-def _segment(slot, cu_seqlens, N, T, TOKENS, SPLIT: tl.constexpr):
-    """(sequence, batch row, first token, length, segment) of the slot of a segment of TOKENS tokens."""
-    if cu_seqlens is None:
-        segments = tl.maximum(tl.cdiv(T, TOKENS), 1) if SPLIT else 1
-        n = (slot // segments).to(tl.int64)
-        return n, n, tl.cast(0, tl.int64), tl.cast(T, tl.int32), slot % segments
-    else:
-        n = sequence_of_slot(cu_seqlens, slot, N, T, TOKENS) if SPLIT else slot
-        start, length = sequence_bounds(cu_seqlens, n, T)
-        segment = slot - first_slot(start, n, TOKENS) if SPLIT else 0
-        return tl.cast(n, tl.int64), tl.cast(0, tl.int64), start, length.to(tl.int32), tl.cast(segment, tl.int32)
 
 
 _RUN_TIME = ["T", "N", "SEGMENT", "q_b", "k_b", "v_b", "factor_step"]
@@ -252,7 +199,7 @@ def forward_kernel(
     block = tl.program_id(0) % blocks
     head = tl.program_id(1).to(tl.int64)
     HV = tl.num_programs(1)
-    n, batch, start, length, segment = _segment(slot, cu_seqlens, N, T, SEGMENT * ROWS, SPLIT)
+    n, batch, start, length, segment = segment_of_slot(slot, cu_seqlens, N, T, SEGMENT * ROWS, SPLIT)
     chunks = tl.cdiv(length, ROWS)
     first = segment * SEGMENT
     last = tl.minimum(first + SEGMENT, chunks)
@@ -263,23 +210,23 @@ def forward_kernel(
     o += (batch * T * HV + head) * V + block * BV
     if cu_seqlens is not None:  # rows that no sequence covers
         if (n == 0) & (segment == 0):
-            _zero_rows(o, 0, start, HV * V, columns, BT, BV)
+            zero_rows(o, 0, start, HV * V, columns, BT, BV)
         if (n == N - 1) & (last == chunks):
-            _zero_rows(o, start + length, T, HV * V, columns, BT, BV)
+            zero_rows(o, start + length, T, HV * V, columns, BT, BV)
     o += start * (HV * V)
     q += tl.multiple_of(batch * q_b, ALIGN) + start * q_t + (head // group) * q_h
     k += tl.multiple_of(batch * k_b, ALIGN) + start * k_t + (head // group) * k_h
     v += tl.multiple_of(batch * v_b, ALIGN) + start * v_t + head * v_h + block * BV
-    at = _first_of(cu_seqlens, n, start, T, ROWS) * HV + head
+    at = first_of(cu_seqlens, n, start, T, ROWS) * HV + head
     decay += at
     factors += (batch * HV + head) * T + start
-    q_source = _source(q, length, q_t, K, BT, BK, TMA)
-    k_source = _source(k, length, k_t, K, BT, BK, TMA)
-    v_source = _source(v, length, v_t, columns, BT, BV, TMA)
-    M_source = _source(M + at * (BT * BT), chunks * HV * BT, BT, BT, BT, BT, TMA)
-    P_source = _source(P + at * (BT * BT), chunks * HV * BT, BT, BT, BT, BT, TMA)
+    q_source = tile_source(q, length, q_t, K, BT, BK, TMA)
+    k_source = tile_source(k, length, k_t, K, BT, BK, TMA)
+    v_source = tile_source(v, length, v_t, columns, BT, BV, TMA)
+    M_source = tile_source(M + at * (BT * BT), chunks * HV * BT, BT, BT, BT, BT, TMA)
+    P_source = tile_source(P + at * (BT * BT), chunks * HV * BT, BT, BT, BT, BT, TMA)
     if CHECKPOINT:
-        states += (_first_of(cu_seqlens, n, start, T, ROWS * CHECKPOINT) * HV + head) * (K * V) + block * BV
+        states += (first_of(cu_seqlens, n, start, T, ROWS * CHECKPOINT) * HV + head) * (K * V) + block * BV
     if entry is not None:
         entry += (slot if SPLIT else n) * entry_n + head * entry_h + block * BV
 
@@ -398,7 +345,7 @@ def map_kernel(
     block = tl.program_id(0) % blocks
     head = tl.program_id(1).to(tl.int64)
     HV = tl.num_programs(1)
-    n, batch, start, length, segment = _segment(slot, cu_seqlens, N, T, SEGMENT * ROWS, True)
+    n, batch, start, length, segment = segment_of_slot(slot, cu_seqlens, N, T, SEGMENT * ROWS, True)
     chunks = tl.cdiv(length, ROWS)
     first = segment * SEGMENT
     last = first + SEGMENT
@@ -410,12 +357,12 @@ def map_kernel(
     columns = tl.where(values, V, K) - first_column
     k += tl.multiple_of(batch * k_b, ALIGN) + start * k_t + (head // group) * k_h
     v += tl.multiple_of(batch * v_b, ALIGN) + start * v_t + head * v_h + tl.where(values, first_column, 0)
-    at = _first_of(cu_seqlens, n, start, T, ROWS) * HV + head
+    at = first_of(cu_seqlens, n, start, T, ROWS) * HV + head
     decay += at
     factors += (batch * HV + head) * T + start
-    k_source = _source(k, length, k_t, K, BT, BK, TMA)
-    v_source = _source(v, length, v_t, tl.where(values, columns, V), BT, BV, TMA)
-    M_source = _source(M + at * (BT * BT), chunks * HV * BT, BT, BT, BT, BT, TMA)
+    k_source = tile_source(k, length, k_t, K, BT, BK, TMA)
+    v_source = tile_source(v, length, v_t, tl.where(values, columns, V), BT, BV, TMA)
+    M_source = tile_source(M + at * (BT * BT), chunks * HV * BT, BT, BT, BT, BT, TMA)
     identity = (tl.arange(0, BK)[:, None] == first_column + tl.arange(0, BV)[None, :]) & (block < key_blocks)
     S = identity.to(factors.dtype.element_ty)
     S = _walk(
@@ -487,7 +434,7 @@ def chain_kernel(
         length = tl.cast(T, tl.int64)
     else:
         start, length = sequence_bounds(cu_seqlens, n, T)
-    slot = _first_of(cu_seqlens, n, start, tl.maximum(T, 1), SEGMENT * ROWS)
+    slot = first_of(cu_seqlens, n, start, tl.maximum(T, 1), SEGMENT * ROWS)
     columns = V - block * BV
     key = tl.arange(0, BK)
     column = tl.arange(0, BV)
@@ -628,8 +575,8 @@ def _results(q, k, v, beta, g, initial_state, cu_seqlens, *, scale, qk_l2norm, s
 
 
 @operator(
-    "delta_rule_forward(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor? initial_state, Tensor? cu_seqlens, *, float scale, "
-    "bool qk_l2norm, bool save_states, int? rows=None) -> Tensor[]",
+    "delta_rule_forward(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor? initial_state, Tensor? cu_seqlens, *, "
+    "float scale, bool qk_l2norm, bool save_states, int? rows=None) -> Tensor[]",
     _results,
 )
 def forward(q, k, v, beta, g, initial_state, cu_seqlens, *, scale, qk_l2norm, save_states, rows=None):
@@ -741,8 +688,8 @@ def _step_result(q, k, v, *_, **__):
 
 
 @operator(
-    "delta_rule_step(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, *, Tensor(a!) state, float scale, bool qk_l2norm, "
-    "Tensor? state_indices) -> Tensor",
+    "delta_rule_step(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, *, Tensor(a!) state, float scale, "
+    "bool qk_l2norm, Tensor? state_indices) -> Tensor",
     _step_result,
 )
 def step(q, k, v, beta, g, *, state, scale, qk_l2norm, state_indices):
@@ -779,6 +726,3 @@ def step(q, k, v, beta, g, *, state, scale, qk_l2norm, state_indices):
                 **config.options,
             )
     return o
-
-
-from .delta_rule_backward import backward  # noqa: E402, F401

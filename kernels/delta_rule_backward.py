@@ -1,39 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gradients of the delta rule: five launches, of which one walks the sequence.
 
-Names of `delta_rule_prepare.py` (M without beta on its columns here) and of the forward; for a chunk with entry state S0,
-X the new values, dS1 the gradient of its exit state (reference/delta_rule.md derives it):
+Names as in `delta_rule_prepare.py`, with M without beta on its columns. For a chunk with entry state S0, new values X
+and the gradient dS1 of its exit state (reference/delta_rule.md derives it, gamma_ij = e^{G_i - G_j}):
 
-    prepare   M, P and the row factors a, b, c again                                           parallel over chunks
-    replay    S0 and X = M (beta (V - a (K S0))) from the saved states                         parallel over saved states
-    reverse   dX = P^T dO + c (K dS1)    dR = M^T dX    dV = beta dR                           walks the sequence
+    prepare   M, P, a, b, c and decay again, and gamma                                       parallel over chunks
+    replay    S0 and X = M (beta (V - a (K S0))), from the saved states                      parallel over saved states
+    reverse   dX = P^T dO + c (K dS1)    dR = M^T dX    dV = beta dR                         walks the sequence
               dS0 = decay dS1 + Q^T (b dO) - K^T (a dV)
-    queries   dQ = b (dO S0^T) + W K            W = scale r_q r_k Gamma o (dO X^T)             parallel over chunks
-    keys      dK = c (X dS1^T) + W^T Q - beta a (dR S0^T) + (B + B^T) K                        parallel over chunks
-              B = -r_k r_k beta_i Gamma o strictLower(dR X^T)
-              dbeta = rowsum(dR o V) - a k . (dR S0^T) + rowsum(B o K K^T) / beta
-              dg_m = sum over i >= m > j of (dO X^T o P + B o K K^T)_ij                        paths inside the chunk
-                   + sum over i >= m of (b q . (dO S0^T) - beta a k . (dR S0^T))_i             from its start
-                   + sum over j < m of (c k . (X dS1^T))_j + decay <dS1, S0>                   to its end
+    queries   dQ = b (dO S0^T) + W K            W = scale r_q r_k gamma o tril(dO X^T)       parallel over chunks
+    keys      dK = c (X dS1^T) + W^T Q - beta a (dR S0^T) + (B + B^T) K                      parallel over chunks
+              B = -beta D, D = r_k r_k gamma o strictLower(dR X^T)
+              dbeta = rowsum(dR o V) - a k . (dR S0^T) - rowsum(D o K K^T)
+              dg_m = sum over i >= m > j of (dO X^T o P + B o K K^T)_ij                      paths inside the chunk
+                   + sum over i >= m of (b q . (dO S0^T) - beta a k . (dR S0^T))_i           from its start
+                   + sum over j < m of (c k . (X dS1^T))_j + decay <dS1, S0>                 to its end
 
-dg adds path by path: no large terms cancel, and every path over a token with g = -inf carries a factor 0. With qk_l2norm
-the row factors hold the norms and a row x of q or k ends with dx -= x (x . dx) / |x|^2. K is never cut inside the last two
-kernels; a group's value heads are added in float32 by one program, in order.
+dg adds path by path: no large terms cancel, and a path over a token with g = -inf carries a factor 0. With qk_l2norm a
+row x of q or k ends with dx -= x (x . dx) / |x|^2. One program adds a group's value heads, in order.
 
-States, sums and row factors are float32 (float64 for float64); S0, X, dR and dS1 go between the launches in the input
-dtype. Workspace a token and value head, in elements of that dtype: 2 K V / BT (S0, dS1) + 2 V (X, dR) + 2 BT (M, P), and 4
-float32 (a, b, c and the queries' part of dg): 1,808 bytes at K = V = 128, BT = 64 in bfloat16.
+States, sums and row factors are float32 (float64 for float64); what goes from launch to launch has the input dtype.
+Workspace a token and value head, in elements of it: 2 K V / BT (S0, dS1), 2 V (X, dR), 3 BT (M, P, gamma), and 6
+float32 (a, b, c, two norms, a part of dg): 1,944 bytes at K = V = 128, BT = 64 in bfloat16.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from ._config import CHECKPOINT, delta_rule_forward_config
+from ._config import CHECKPOINT, delta_rule_forward_config, delta_rule_gradients_config
 from ._launch import allow_descriptors, arch, on_device, precision
 from ._operators import operator
-from ._tiles import cast, dot, first_slot, load_tile, not_finite, sequence_bounds, sequence_of_slot, store_tile, tile_source
-from .delta_rule import _first_of, _segment, _zero_rows
+from ._tiles import cast, dot, first_of, load_tile, not_finite, segment_of_slot, store_tile, tile_source, zero_rows
 from .delta_rule_prepare import alignment, chunk_slots, power_of_two, prepare, widened
 
 
@@ -153,7 +151,7 @@ def replay_kernel(
     block = tl.program_id(0) % blocks
     head = tl.program_id(1).to(tl.int64)
     HV = tl.num_programs(1)
-    n, batch, start, length, part = _segment(slot, cu_seqlens, N, T, CHECKPOINT * ROWS, True)
+    n, batch, start, length, part = segment_of_slot(slot, cu_seqlens, N, T, CHECKPOINT * ROWS, True)
     chunks = tl.cdiv(length, ROWS)
     first = part * CHECKPOINT
     last = tl.minimum(first + CHECKPOINT, chunks)
@@ -161,7 +159,7 @@ def replay_kernel(
         return
 
     columns = V - block * BV
-    at = _first_of(cu_seqlens, n, start, T, ROWS) * HV + head
+    at = first_of(cu_seqlens, n, start, T, ROWS) * HV + head
     k += tl.multiple_of(batch * k_b, ALIGN) + start * k_t + (head // group) * k_h
     v += tl.multiple_of(batch * v_b, ALIGN) + start * v_t + head * v_h + block * BV
     beta += batch * beta_b + start * beta_t + head * beta_h
@@ -329,10 +327,10 @@ def reverse_kernel(
     block = tl.program_id(0) % blocks
     head = tl.program_id(1).to(tl.int64)
     HV = tl.num_programs(1)
-    n, batch, start, length, _ = _segment(n, cu_seqlens, N, T, ROWS, False)
+    n, batch, start, length, _ = segment_of_slot(n, cu_seqlens, N, T, ROWS, False)
     chunks = tl.cdiv(length, ROWS)
     columns = V - block * BV
-    at = _first_of(cu_seqlens, n, start, T, ROWS) * HV + head
+    at = first_of(cu_seqlens, n, start, T, ROWS) * HV + head
     q += tl.multiple_of(batch * q_b, ALIGN) + start * q_t + (head // group) * q_h
     k += tl.multiple_of(batch * k_b, ALIGN) + start * k_t + (head // group) * k_h
     do += tl.multiple_of(batch * do_b, ALIGN) + start * do_t + head * do_h + block * BV
@@ -348,9 +346,9 @@ def reverse_kernel(
         dv += (batch * T * HV + head) * V + block * BV
         if cu_seqlens is not None:  # rows that no sequence covers
             if n == 0:
-                _zero_rows(dv, 0, start, HV * V, columns, BT, BV)
+                zero_rows(dv, 0, start, HV * V, columns, BT, BV)
             if n == N - 1:
-                _zero_rows(dv, start + length, T, HV * V, columns, BT, BV)
+                zero_rows(dv, start + length, T, HV * V, columns, BT, BV)
         dv = tile_source(dv + start * (HV * V), length, HV * V, columns, BT, BV, TMA)
     if dR is not None:
         dR = tile_source(dR + at * (BT * V) + block * BV, chunks * HV * BT, V, columns, BT, BV, TMA)
@@ -377,13 +375,15 @@ def reverse_kernel(
 
 @triton.jit
 def _chunk(slot, cu_seqlens, N, T, ROWS: tl.constexpr):
-    """(sequence, batch row, first token, live rows) of a chunk's slot; live rows <= 0 where no chunk uses the slot."""
-    n, batch, start, length, chunk = _segment(slot, cu_seqlens, N, T, ROWS, True)
+    """(batch row, first token, live rows) of a chunk's slot; live rows <= 0 where no chunk uses the slot."""
+    _, batch, start, length, chunk = segment_of_slot(slot, cu_seqlens, N, T, ROWS, True)
     return batch, start + chunk * ROWS, tl.minimum(length - chunk * ROWS, ROWS)
 
 
 @triton.jit
-def _zero_uncovered(x, slot, cu_seqlens, N, T, row_stride, columns, ROWS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
+def _zero_uncovered(
+    x, slot, cu_seqlens, N, T, row_stride, columns, ROWS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr
+):
     """Zeros in the rows that no sequence covers: every slot looks after ROWS rows of [0, T)."""
     row = slot * ROWS + tl.arange(0, BT)
     before = row < tl.load(cu_seqlens).to(tl.int64)
@@ -453,7 +453,7 @@ def query_gradients_kernel(
     HV = H * group
     compute = factors.dtype.element_ty
     narrow = q.dtype.element_ty
-    batch, token, live, = _chunk(slot, cu_seqlens, N, T, ROWS)
+    batch, token, live = _chunk(slot, cu_seqlens, N, T, ROWS)
     if dq is not None:
         dq += (batch * T * H + head) * K
         if cu_seqlens is not None:
@@ -681,20 +681,23 @@ def key_gradients_kernel(
         store_tile(dk, cast(grad, narrow), token, live, H * K, K, BT, BK, False)
 
 
-def _rows(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """The kernels take any outer strides and need unit stride along the last dimension."""
-    return tuple(t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tensors)
+def _rows(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The kernels take any outer strides below 2^24 and need unit stride along the last dimension."""
+    return tuple(t if t.stride(-1) == 1 and t.stride(1) < 2**24 else t.contiguous() for t in tensors)
 
 
 def _results(q, k, v, beta, g, initial_state, *_, needs, **__):
     """What `backward` returns, not written."""
     inputs = (q, k, v, beta, g, initial_state)
-    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) if n else None for x, n in zip(inputs, needs, strict=True)]
+    return [
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if n else None for x, n in zip(inputs, needs, strict=True)
+    ]
 
 
 @operator(
-    "delta_rule_backward(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor? initial_state, Tensor? cu_seqlens, Tensor states, "
-    "Tensor do, Tensor? dfinal_state, *, float scale, bool qk_l2norm, bool[6] needs, int? rows=None) -> Tensor[]",
+    "delta_rule_backward(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor? initial_state, "
+    "Tensor? cu_seqlens, Tensor states, Tensor do, Tensor? dfinal_state, *, float scale, bool qk_l2norm, "
+    "bool[6] needs, int? rows=None) -> Tensor[]",
     _results,
 )
 def backward(
@@ -747,7 +750,7 @@ def backward(
     dg_start = torch.empty(B, HV, T, dtype=compute, device=q.device) if need_g else None
 
     align = alignment(q, k, v, do)
-    tma = config.tma and align > 1 and rows == BT and K == power_of_two(K)
+    tma = config.tma and align > 1 and rows == BT and power_of_two(K) == K
     tma = tma and V * q.element_size() % 16 == 0 and all(x.data_ptr() % 16 == 0 for x in (q, k, v, do))
     if tma:
         allow_descriptors()
@@ -755,7 +758,9 @@ def backward(
     lengths = (cu_seqlens, T, N)
     sizes = {"K": K, "V": V, "ROWS": rows, "BT": BT, "BK": power_of_two(K), "BV": BV, "ALIGN": align}
     walk = {"STAGES": config.num_stages, "TMA": tma, "PRECISION": precision(q.dtype)} | config.options
-    one = {"STAGES": config.num_stages, "PRECISION": precision(q.dtype)} | config.options
+    config = delta_rule_gradients_config(K, V, q.dtype, arch())
+    chunk_sizes = sizes | {"BV": config.BV}
+    chunk = {"STAGES": config.num_stages, "PRECISION": precision(q.dtype)} | config.options
     with on_device(q):
         if T and (queries or keys):
             replay_kernel[(states.shape[0] * blocks, HV)](
@@ -824,8 +829,8 @@ def backward(
                 *q.stride()[:3],
                 *k.stride()[:3],
                 *do.stride()[:3],
-                **sizes,
-                **one,
+                **chunk_sizes,
+                **chunk,
             )
         if T and keys:
             key_gradients_kernel[(slots, H)](
@@ -858,7 +863,7 @@ def backward(
                 *v.stride()[:3],
                 *beta.stride(),
                 *do.stride()[:3],
-                **sizes,
-                **one,
+                **chunk_sizes,
+                **chunk,
             )
     return grads
