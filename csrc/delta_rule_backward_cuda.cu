@@ -2,12 +2,12 @@
 //
 // The delta rule for CUDA: gradients. delta_rule_cuda.h says how a warp holds its columns of S and dS.
 //
-// `reverse_kernel`, parallel as the forward: a warp walks its sequence from the end. With S' = e^g S_{t-1}, r = v - S'^T k,
-// u = beta r, S = S' + k u^T and dS the gradient of S, a token does
+// `reverse_kernel`, parallel as the forward: a warp walks its sequence from the end. With S' = e^g S_{t-1},
+// r = v - S'^T k, u = beta r, S = S' + k u^T and dS the gradient of S, a token does
 //   dS <- dS + scale q dO^T      du = dS^T k      dv = beta du      dbeta = r . du      dq = scale S dO
 //   dk = dS u - S' dv            dS <- dS - k dv^T                  dg = e^g <dS, S_{t-1}>    dS <- e^g dS
-// S_{t-1} is not recovered from S, for which e^g may be too small. Blocks of 64 tokens are replayed from the state saved
-// at their start: once to keep a state every 8 tokens, then 8 tokens at a time to keep them all, both in `scratch`.
+// S_{t-1} is not recovered from S, for which e^g may be too small. Blocks of 64 tokens are replayed from the state
+// saved at their start: once to keep a state every 8 tokens, then 8 tokens at a time to keep them all, in `scratch`.
 // dq, dk, dbeta and dg are sums over the columns of V: over a warp's columns in registers, over a block's warps in
 // shared memory, and `finish_kernel` adds the blocks' and a head group's parts in order and undoes the norm of q and k.
 // Workspace: 16 states a sequence and value head; 2 K + 2 values a token, value head and block of 64 columns (at most;
@@ -44,8 +44,8 @@ template <class A, int R, int C> struct Scratch {
   A* mine;
 
   __device__ explicit Scratch(void* data)
-      : mine(static_cast<A*>(data) +
-             (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32 * (kScratchStates * R * C * 32) + threadIdx.x % 32) {}
+      : mine(static_cast<A*>(data) + threadIdx.x % 32 +
+             (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32 * (kScratchStates * R * C * 32)) {}
   __device__ __forceinline__ A& at(int slot, int j, int c) const { return mine[((slot * R + j) * C + c) * 32]; }
   __device__ __forceinline__ void save(const A (&state)[R][C], int slot) const {
     FLA_UNROLL for (int j = 0; j < R; j++)

@@ -48,8 +48,8 @@ inline void check_state(const std::optional<torch::stable::Tensor>& x, int64_t N
 }
 
 // What the backward gets beside the forward's inputs.
-inline void check_gradients(const torch::stable::Tensor& v, const torch::stable::Tensor& states, int64_t rows, int64_t K,
-                            const torch::stable::Tensor& d_o) {
+inline void check_gradients(const torch::stable::Tensor& v, const torch::stable::Tensor& states, int64_t rows,
+                            int64_t K, const torch::stable::Tensor& d_o) {
   STD_TORCH_CHECK(states.dim() == 4 && states.size(0) == rows && states.size(1) == v.size(2) && states.size(2) == K &&
                       states.size(3) == v.size(3) && states.scalar_type() == accumulator(v) && states.is_contiguous(),
                   "delta_rule: states must be what the forward saved");

@@ -76,7 +76,8 @@ void run(const DeltaRuleWalk& walk, const Tensor& q) {
     const Columns columns(walk.in.V, kColumns<Arithmetic<T>, R>, kWarps);
     DeltaRuleWalk x = walk;
     x.in.tiles = columns.tiles;
-    FLA_LAUNCH((walk_kernel<T, R>), columns.blocks(x.in.sequences.count * x.in.HV), 32 * columns.warps, 0, on.stream, x);
+    const unsigned blocks = columns.blocks(x.in.sequences.count * x.in.HV), threads = 32 * columns.warps;
+    FLA_LAUNCH((walk_kernel<T, R>), blocks, threads, 0, on.stream, x);
   });
 }
 

@@ -2,7 +2,8 @@
 """The launch tables: (kernel, sizes, dtype, architecture) -> LaunchConfig. Every row is tested for correctness.
 
 There is no autotuning: the first call is as fast as the second, and the same inputs give the same bits every time.
-Rows are chosen by the ahead-of-time report (registers, spills, shared memory) and by measurement where a GPU is at hand.
+Rows are chosen by the ahead-of-time report (registers, spills, shared memory) and by measurement where a GPU is at
+hand. Triton's interpreter has rows of its own: its time goes by programs, whatever their size.
 """
 
 from dataclasses import replace
@@ -30,10 +31,14 @@ def delta_rule_prepare_config(K: int, BT: int, dtype: torch.dtype, arch: str) ->
 
 def delta_rule_forward_config(K: int, V: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
     """One program a sequence, value head and BV value columns; the state [K, BV] lives in registers."""
+    if INTERPRET:
+        return LaunchConfig(BT=64, BV=_power_of_two(V))
     if dtype.itemsize == 2:
         BV = min(_power_of_two(V), 32 if K > 128 else 64)
         return LaunchConfig(BT=64, BV=BV, num_warps=4, num_stages=2, tma=_has_tma(arch))
-    return LaunchConfig(BT=16, BV=16, num_warps=4, num_stages=1)
+    # Products without tensor cores take their operands through registers: small tiles.
+    BT = 32 if K <= 128 else 16
+    return LaunchConfig(BT=BT, BV=16, num_warps=8 if dtype == torch.float32 else 4, num_stages=1)
 
 
 def delta_rule_backward_config(K: int, V: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
@@ -47,6 +52,8 @@ def delta_rule_backward_config(K: int, V: int, dtype: torch.dtype, arch: str) ->
 
 def delta_rule_gradients_config(K: int, V: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
     """One program a chunk and query head; BV value columns of states and values at a time."""
+    if INTERPRET:
+        return LaunchConfig(BT=64, BV=_power_of_two(V))
     BT = delta_rule_forward_config(K, V, dtype, arch).BT
     if dtype.itemsize == 2:
         wide = 64 < K <= 128
@@ -69,7 +76,7 @@ def causal_conv1d(
 ) -> LaunchConfig:
     """The tiles of the causal convolution: 128 threads, each with a run of tokens of one channel or a few."""
     warps = _warps(128, arch)
-    if time_is_fast:  # 32 runs of each of 4 channels; the interpreter's time goes by programs, whatever their size
+    if time_is_fast:  # 32 runs of each of 4 channels
         return LaunchConfig(
             BT=32 * (16 // dtype.itemsize if vectors else 8), BD=64 if INTERPRET else 4, num_warps=warps
         )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launchers as operators: what torch.compile traces in the place of a launch.
 
-A launch depends on addresses (may a descriptor be used?) and on the device (which row of the table?), which a trace does
-not know. Eager calls pass the operator by: it would cost more than a small kernel.
+A launch depends on addresses (may a descriptor be used?) and on the device (which row of the table?), which a trace
+does not know. Eager calls pass the operator by: it would cost more than a small kernel.
 """
 
 import functools

@@ -48,7 +48,7 @@ def not_finite(x):
 
 @triton.jit
 def sequence_bounds(cu_seqlens, n, T):
-    """(first token, length) of packed sequence n. Bad values of cu_seqlens give other tokens of [0, T), never others."""
+    """(first token, length) of packed sequence n. Bad values of cu_seqlens give wrong tokens of [0, T), no others."""
     start = tl.minimum(tl.maximum(tl.load(cu_seqlens + n).to(tl.int64), 0), T)
     end = tl.minimum(tl.maximum(tl.load(cu_seqlens + n + 1).to(tl.int64), start), T)
     return start, end - start

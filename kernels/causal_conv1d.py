@@ -26,6 +26,7 @@ import triton.language as tl
 from . import _config
 from ._launch import arch, multiprocessors, on_device
 from ._launch import why_not as _why_not_here
+from ._operators import operator
 from ._tiles import cast, sequence_bounds
 
 RUN = 8  # tokens of a lane that loads them one at a time
@@ -656,13 +657,24 @@ def _config_for(kind: str, x: torch.Tensor, W: int) -> tuple[_config.LaunchConfi
     return config, constants | {"T_AXIS": int(time_is_fast), "VECTORS": vectors}
 
 
+def _results(x, weight, bias, initial_state, cu_seqlens, *, activation):
+    """What `forward` returns, not written."""
+    N = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    accumulator = torch.promote_types(x.dtype, torch.float32)
+    return _empty_with_layout(x), x.new_empty(N, x.shape[1], weight.shape[1] - 1, dtype=accumulator)
+
+
+@operator(
+    "causal_conv1d_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, *, "
+    "str? activation) -> Tensor[]",
+    _results,
+)
 def forward(x, weight, bias, initial_state, cu_seqlens, *, activation):
     """(y, final_state)."""
     B, D, L = x.shape
     W = weight.shape[1]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    y = _empty_with_layout(x)
-    final_state = x.new_empty(N, D, W - 1, dtype=torch.promote_types(x.dtype, torch.float32))
+    y, final_state = _results(x, weight, bias, initial_state, cu_seqlens, activation=activation)
     if N == 0:
         return y.zero_(), final_state
     config, constants = _config_for("forward", x, W)
@@ -679,17 +691,24 @@ def forward(x, weight, bias, initial_state, cu_seqlens, *, activation):
     return y, final_state
 
 
+def _gradients(x, weight, bias, initial_state, *_, needs, **__):
+    """What `backward` returns, not written."""
+    rest = zip((weight, bias, initial_state), needs[1:], strict=True)
+    return [_empty_with_layout(x) if needs[0] else None, *(t.new_empty(t.shape) if need else None for t, need in rest)]
+
+
+@operator(
+    "causal_conv1d_backward(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, "
+    "Tensor dy, Tensor? dfinal_state, *, str? activation, bool[4] needs) -> Tensor[]",
+    _gradients,
+)
 def backward(x, weight, bias, initial_state, cu_seqlens, dy, dfinal_state, *, activation, needs):
     """Gradients of x, weight, bias and initial_state, None where `needs` is False."""
     B, D, L = x.shape
     W = weight.shape[1]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     need_x, need_weight, need_bias, need_state = needs
-    dx = _empty_with_layout(x) if need_x else None
-    dweight = weight.new_empty(D, W) if need_weight else None
-    dbias = bias.new_empty(D) if need_bias else None
-    dstate = initial_state.new_empty(N, D, W - 1) if need_state else None
-    grads = [dx, dweight, dbias, dstate]
+    grads = dx, dweight, dbias, dstate = _gradients(x, weight, bias, initial_state, needs=needs)
     if N == 0:
         return [d if d is None else d.zero_() for d in grads]
 
@@ -722,6 +741,11 @@ def backward(x, weight, bias, initial_state, cu_seqlens, dy, dfinal_state, *, ac
     return grads
 
 
+@operator(
+    "causal_conv1d_step(Tensor x, Tensor weight, Tensor? bias, *, Tensor(a!) state, str? activation, "
+    "Tensor? state_indices) -> Tensor",
+    lambda x, *_, **__: x.new_empty(x.shape),
+)
 def step(x, weight, bias, *, state, activation, state_indices):
     """y; `state` is written in place."""
     B, D = x.shape

@@ -31,7 +31,7 @@ from ._launch import allow_descriptors, arch, multiprocessors, on_device, precis
 from ._operators import operator
 from ._tiles import cast, dot, first_of, load_tile, not_finite, segment_of_slot, sequence_bounds, tile_source, zero_rows
 from .delta_rule_backward import backward  # noqa: F401 - this module offers it
-from .delta_rule_prepare import alignment, chunk_slots, power_of_two, prepare
+from .delta_rule_prepare import alignment, chunk_slots, power_of_two, prepare, widened
 
 MAX_HEAD_DIM = 256
 
@@ -534,6 +534,8 @@ def why_not(device: str, dtype: torch.dtype, *sizes: int) -> str | None:
     reason = _launch.why_not(device)
     if reason:
         return reason
+    if dtype == torch.float64 and device == "cuda":
+        return "float64 is for Triton's interpreter: tensor cores and shared memory are laid out for smaller types"
     if any(s > MAX_HEAD_DIM for s in sizes):
         return f"head dimensions go up to {MAX_HEAD_DIM}, got {max(sizes)}"
     return None
@@ -567,13 +569,14 @@ def _results(q, k, v, beta, g, initial_state, cu_seqlens, *, scale, qk_l2norm, s
     o = torch.empty(B, T, HV, V, dtype=v.dtype, device=v.device)
     final = torch.empty(N, HV, K, V, dtype=compute, device=v.device)
     saved = chunk_slots(B, T, cu_seqlens, rows * CHECKPOINT)
-    states = torch.empty((saved, HV, K, V) if save_states else 0, dtype=compute, device=v.device)
+    kept = torch.float64 if widened(q, v) else compute
+    states = torch.empty((saved, HV, K, V) if save_states else 0, dtype=kept, device=v.device)
     return o, final, states
 
 
 @operator(
-    "delta_rule_forward(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor? initial_state, Tensor? cu_seqlens, *, float scale, "
-    "bool qk_l2norm, bool save_states, int? rows=None) -> Tensor[]",
+    "delta_rule_forward(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor? initial_state, Tensor? cu_seqlens, *, "
+    "float scale, bool qk_l2norm, bool save_states, int? rows=None) -> Tensor[]",
     _results,
 )
 def forward(q, k, v, beta, g, initial_state, cu_seqlens, *, scale, qk_l2norm, save_states, rows=None):
@@ -581,6 +584,10 @@ def forward(q, k, v, beta, g, initial_state, cu_seqlens, *, scale, qk_l2norm, sa
 
     `rows`: the live rows of a chunk, all by default.
     """
+    if widened(q, v):
+        wide = (q.double(), k.double(), v.double(), beta, g, initial_state, cu_seqlens)
+        o, final, states = forward(*wide, scale=scale, qk_l2norm=qk_l2norm, save_states=save_states, rows=rows)
+        return o.float(), final.float(), states
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -681,8 +688,8 @@ def _step_result(q, k, v, *_, **__):
 
 
 @operator(
-    "delta_rule_step(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, *, Tensor(a!) state, float scale, bool qk_l2norm, "
-    "Tensor? state_indices) -> Tensor",
+    "delta_rule_step(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, *, Tensor(a!) state, float scale, "
+    "bool qk_l2norm, Tensor? state_indices) -> Tensor",
     _step_result,
 )
 def step(q, k, v, beta, g, *, state, scale, qk_l2norm, state_indices):

@@ -353,6 +353,15 @@ def power_of_two(n: int) -> int:
     return max(16, triton.next_power_of_2(n))
 
 
+def widened(q: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether float32 tensors are computed in float64.
+
+    With a handful of channels many keys of a chunk are parallel, and a product of (1 - beta) cancels to less than the
+    rounding of the chunk's sums; the step loop, which sums nothing, keeps it. For such heads float64 costs little.
+    """
+    return q.dtype == torch.float32 and min(q.shape[-1], v.shape[-1]) <= 8
+
+
 def alignment(*tensors: torch.Tensor) -> int:
     """The elements in 16 bytes if every outer stride of the tensors is a multiple of that, else 1."""
     n = 16 // tensors[0].element_size()

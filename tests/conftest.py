@@ -134,4 +134,5 @@ def threads():
 
 def pytest_report_header():
     compiler = _build.compiler() or "none"
-    return f"fla_ops {fla_ops.__version__}, torch {torch.__version__}, backends {[*BACKENDS, *SIMT]}, C++ compiler {compiler}"
+    versions = f"fla_ops {fla_ops.__version__}, torch {torch.__version__}"
+    return f"{versions}, backends {[*BACKENDS, *SIMT]}, C++ compiler {compiler}"

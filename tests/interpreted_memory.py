@@ -40,9 +40,13 @@ def fenced_allocations(monkeypatch):
 
 
 def far_apart(tensors: list[torch.Tensor], axis: int) -> list[torch.Tensor]:
-    """The same tensors with entry 2 of an axis more than 2^31 elements behind entry 0, so that an offset in 32 bits
-    overflows. They take gigabytes of address space, all in the same place, and a few pages of memory."""
-    stride = 2**30 + 64
+    """The same tensors with the last entry of an axis more than 2^31 elements behind the first, so that an offset in 32
+    bits overflows. They take gigabytes of address space, all in the same place, and a few pages of memory.
+
+    Kernels may count offsets inside of a tile in 32 bits: give an axis of tokens more entries than a tile has.
+    """
+    entries = tensors[0].shape[axis]
+    stride = (2**31 // (entries - 1) // 64 + 1) * 64
     views, used = [], 0
     for x in tensors:
         strides = list(x.contiguous().stride())
@@ -51,7 +55,7 @@ def far_apart(tensors: list[torch.Tensor], axis: int) -> list[torch.Tensor]:
         used += -(-x.numel() // 64) * 64
     assert used < stride
     try:
-        storage = torch.UntypedStorage(tensors[0].element_size() * (2 * stride + 2 * used))
+        storage = torch.UntypedStorage(tensors[0].element_size() * ((entries - 1) * stride + 2 * used))
     except RuntimeError:
         pytest.skip("this machine does not grant the address space")
     return [torch.empty(0, dtype=x.dtype).set_(storage, at, x.shape, strides).copy_(x) for x, at, strides in views]

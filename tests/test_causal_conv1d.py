@@ -32,7 +32,7 @@ def test_results_round_as_torch_rounds(dtype, all_levels):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matches_reference(dtype, layout, backend, ways):
-    """Every width and length, at every level of the CPU kernels, with a state and a gradient through the final state."""
+    """Every width and length, at every level of the CPU kernels, with a state and gradients through both results."""
     if backend == "reference":
         pytest.skip("it is what the others are compared with")
     for W, L in itertools.product(range(1, 9), LENGTHS):

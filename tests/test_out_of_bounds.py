@@ -45,7 +45,7 @@ def in_wider_rows(x):
 @in_interpreter("delta_rule")
 @pytest.mark.parametrize("axis", range(3), ids=["batch", "token", "head"])
 def test_delta_rule_offsets_beyond_32_bits(axis):
-    shape = {"B": 3, "T": 1, "H": 1, "HV": 1} if axis == 0 else {"T": 3, "H": 1, "HV": 1} if axis == 1 else {"T": 2}
+    shape = {"B": 3, "T": 1, "H": 1, "HV": 1} if axis == 0 else {"T": 67, "H": 1, "HV": 1} if axis == 1 else {"T": 2}
     shape |= {"H": 3, "HV": 3} if axis == 2 else {}
     x = random_inputs(**shape, K=16, V=16, dtype=torch.bfloat16, state=torch.bfloat16)
     do, ds = random_cotangents(x)
@@ -182,7 +182,7 @@ def test_causal_conv1d(monkeypatch, shape, packed):
 @in_interpreter("causal_conv1d")
 @pytest.mark.parametrize("axis", range(3), ids=["batch", "channel", "token"])
 def test_causal_conv1d_offsets_beyond_32_bits(axis):
-    near = [torch.randn(3, 3, 3, dtype=torch.bfloat16) for _ in range(2)]
+    near = [torch.randn(3, 3, 20, dtype=torch.bfloat16) for _ in range(2)]
     weight, state = torch.randn(3, 4), torch.randn(3, 3, 3)
 
     def run(x, dy):

@@ -201,6 +201,21 @@ def test_an_installation_whose_compiler_fails(sdist, environment, tmp_path, vari
     assert "not built" in found["report"]["why_not"]["native"]
 
 
+def test_an_nvcc_that_fails_costs_the_cuda_library_alone(sdist, environment, tmp_path):
+    """The C++ compiler of this test makes empty files: what counts is which of them is installed."""
+    (tmp_path / "bin").mkdir()
+    for name, script in (
+        ("c++", 'while [ $# -gt 0 ]; do if [ "$1" = -o ]; then : > "$2"; fi; shift; done'),
+        ("nvcc", "echo 'the moon is in the wrong phase' >&2; exit 1"),
+    ):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    python = environment("half")
+    said = install(python, sdist, CXX=str(tmp_path / "bin/c++"), CUDA_HOME=str(tmp_path), FLA_OPS_CUDA="1")
+    assert "the native CUDA library was not built" in said and "wrong phase" in said
+    assert [p.name for p in (site_packages(python) / "fla_ops").glob("*.so")] == ["_C.abi3.so"]
+
+
 def test_beside_hugging_faces_kernels(wheel, environment):
     """Their package keeps its name: both import in one process, in either order."""
     python = environment("beside")

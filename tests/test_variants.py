@@ -5,6 +5,7 @@ import pytest
 from recorded_launches import recorded
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
 
 LENGTHS = (1, 2, 3, 7, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 100, 127, 128, 129, 255, 256, 300, 511, 512, 777)
 LENGTHS += (1000, 1024, 1025, 2048, 3000, 4096)
