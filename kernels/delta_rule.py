@@ -564,19 +564,19 @@ def _results(q, k, v, beta, g, initial_state, cu_seqlens, *, scale, qk_l2norm, s
     B, T, _, K = q.shape
     HV, V = v.shape[2:]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    rows = rows or delta_rule_forward_config(K, V, q.dtype, arch()).BT
     compute = torch.promote_types(q.dtype, torch.float32)
+    kept, dtype = (torch.float64, torch.float64) if widened(q, v) else (compute, q.dtype)
+    rows = rows or delta_rule_forward_config(K, V, dtype, arch()).BT
     o = torch.empty(B, T, HV, V, dtype=v.dtype, device=v.device)
     final = torch.empty(N, HV, K, V, dtype=compute, device=v.device)
     saved = chunk_slots(B, T, cu_seqlens, rows * CHECKPOINT)
-    kept = torch.float64 if widened(q, v) else compute
     states = torch.empty((saved, HV, K, V) if save_states else 0, dtype=kept, device=v.device)
     return o, final, states
 
 
 @operator(
-    "delta_rule_forward(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor? initial_state, Tensor? cu_seqlens, *, "
-    "float scale, bool qk_l2norm, bool save_states, int? rows=None) -> Tensor[]",
+    "delta_rule_forward(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor? initial_state, "
+    "Tensor? cu_seqlens, *, float scale, bool qk_l2norm, bool save_states, int? rows=None) -> Tensor[]",
     _results,
 )
 def forward(q, k, v, beta, g, initial_state, cu_seqlens, *, scale, qk_l2norm, save_states, rows=None):
@@ -587,7 +587,7 @@ def forward(q, k, v, beta, g, initial_state, cu_seqlens, *, scale, qk_l2norm, sa
     if widened(q, v):
         wide = (q.double(), k.double(), v.double(), beta, g, initial_state, cu_seqlens)
         o, final, states = forward(*wide, scale=scale, qk_l2norm=qk_l2norm, save_states=save_states, rows=rows)
-        return o.float(), final.float(), states
+        return o.to(v.dtype), final.float(), states
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1

@@ -721,7 +721,7 @@ def backward(
     if widened(q, v):
         wide = (q.double(), k.double(), v.double(), beta, g, initial_state, cu_seqlens, states, do.double())
         grads = backward(*wide, dfinal_state, scale=scale, qk_l2norm=qk_l2norm, needs=needs, rows=rows)
-        return [x if x is None else x.float() for x in grads[:3]] + list(grads[3:])
+        return [x if x is None else x.to(q.dtype) for x in grads[:3]] + list(grads[3:])
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1

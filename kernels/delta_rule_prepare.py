@@ -354,12 +354,13 @@ def power_of_two(n: int) -> int:
 
 
 def widened(q: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether float32 tensors are computed in float64.
+    """Whether the tensors are computed in float64.
 
     With a handful of channels many keys of a chunk are parallel, and a product of (1 - beta) cancels to less than the
-    rounding of the chunk's sums; the step loop, which sums nothing, keeps it. For such heads float64 costs little.
+    rounding of the chunk's sums and operands; the step loop, which sums nothing, keeps it. For such heads float64 costs
+    little.
     """
-    return q.dtype == torch.float32 and min(q.shape[-1], v.shape[-1]) <= 8
+    return q.dtype != torch.float64 and min(q.shape[-1], v.shape[-1]) <= 8
 
 
 def alignment(*tensors: torch.Tensor) -> int:
