@@ -31,7 +31,7 @@ from ._launch import allow_descriptors, arch, multiprocessors, on_device, precis
 from ._operators import operator
 from ._tiles import cast, dot, first_of, load_tile, not_finite, segment_of_slot, sequence_bounds, tile_source, zero_rows
 from .delta_rule_backward import backward  # noqa: F401 - this module offers it
-from .delta_rule_prepare import alignment, chunk_slots, power_of_two, prepare, widened
+from .delta_rule_prepare import alignment, chunk_slots, power_of_two, prepare, wider
 
 MAX_HEAD_DIM = 256
 
@@ -565,12 +565,12 @@ def _results(q, k, v, beta, g, initial_state, cu_seqlens, *, scale, qk_l2norm, s
     HV, V = v.shape[2:]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     compute = torch.promote_types(q.dtype, torch.float32)
-    kept, dtype = (torch.float64, torch.float64) if widened(q, v) else (compute, q.dtype)
-    rows = rows or delta_rule_forward_config(K, V, dtype, arch()).BT
+    wide = wider(q, v)
+    rows = rows or delta_rule_forward_config(K, V, wide or q.dtype, arch()).BT
     o = torch.empty(B, T, HV, V, dtype=v.dtype, device=v.device)
     final = torch.empty(N, HV, K, V, dtype=compute, device=v.device)
     saved = chunk_slots(B, T, cu_seqlens, rows * CHECKPOINT)
-    states = torch.empty((saved, HV, K, V) if save_states else 0, dtype=kept, device=v.device)
+    states = torch.empty((saved, HV, K, V) if save_states else 0, dtype=wide or compute, device=v.device)
     return o, final, states
 
 
@@ -584,9 +584,10 @@ def forward(q, k, v, beta, g, initial_state, cu_seqlens, *, scale, qk_l2norm, sa
 
     `rows`: the live rows of a chunk, all by default.
     """
-    if widened(q, v):
-        wide = (q.double(), k.double(), v.double(), beta, g, initial_state, cu_seqlens)
-        o, final, states = forward(*wide, scale=scale, qk_l2norm=qk_l2norm, save_states=save_states, rows=rows)
+    wide = wider(q, v)
+    if wide:
+        inputs = (q.to(wide), k.to(wide), v.to(wide), beta, g, initial_state, cu_seqlens)
+        o, final, states = forward(*inputs, scale=scale, qk_l2norm=qk_l2norm, save_states=save_states, rows=rows)
         return o.to(v.dtype), final.float(), states
     B, T, H, K = q.shape
     HV, V = v.shape[2:]

@@ -32,7 +32,7 @@ from ._config import CHECKPOINT, delta_rule_backward_config, delta_rule_gradient
 from ._launch import allow_descriptors, arch, on_device, precision
 from ._operators import operator
 from ._tiles import cast, dot, first_of, load_tile, not_finite, segment_of_slot, store_tile, tile_source, zero_rows
-from .delta_rule_prepare import alignment, chunk_slots, power_of_two, prepare, widened
+from .delta_rule_prepare import alignment, chunk_slots, power_of_two, prepare, wider
 
 
 @triton.jit
@@ -718,9 +718,10 @@ def backward(
     rows=None,
 ):
     """Gradients of q, k, v, beta, g and initial_state, None where `needs` is False. `rows` as in `forward`."""
-    if widened(q, v):
-        wide = (q.double(), k.double(), v.double(), beta, g, initial_state, cu_seqlens, states, do.double())
-        grads = backward(*wide, dfinal_state, scale=scale, qk_l2norm=qk_l2norm, needs=needs, rows=rows)
+    wide = wider(q, v)
+    if wide:
+        inputs = (q.to(wide), k.to(wide), v.to(wide), beta, g, initial_state, cu_seqlens, states, do.to(wide))
+        grads = backward(*inputs, dfinal_state, scale=scale, qk_l2norm=qk_l2norm, needs=needs, rows=rows)
         return [x if x is None else x.to(q.dtype) for x in grads[:3]] + list(grads[3:])
     B, T, H, K = q.shape
     HV, V = v.shape[2:]

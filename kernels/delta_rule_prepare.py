@@ -353,14 +353,17 @@ def power_of_two(n: int) -> int:
     return max(16, triton.next_power_of_2(n))
 
 
-def widened(q: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether the tensors are computed in float64.
+def wider(q: torch.Tensor, v: torch.Tensor) -> torch.dtype | None:
+    """The dtype that small heads are computed in instead of their own, or None.
 
     With a handful of channels many keys of a chunk are parallel, and a product of (1 - beta) cancels to less than the
-    rounding of the chunk's sums and operands; the step loop, which sums nothing, keeps it. For such heads float64 costs
+    rounding of the chunk's sums and operands; the step loop, which sums nothing, keeps it. For such heads it costs
     little.
     """
-    return q.dtype != torch.float64 and min(q.shape[-1], v.shape[-1]) <= 8
+    channels = min(q.shape[-1], v.shape[-1])
+    if channels <= 8 and q.dtype != torch.float64:
+        return torch.float64
+    return torch.float32 if channels <= 16 and q.dtype.itemsize == 2 else None
 
 
 def alignment(*tensors: torch.Tensor) -> int:
