@@ -8,7 +8,7 @@
 Two launches. `prepare` makes, for all chunks at once, what no state enters (delta_rule_prepare.py): M, P, a, b, c and
 decay. Then one program a (sequence, value head, block of value columns) walks the chunks with the state in registers,
 
-    X = M (V - a (K S))        O = b (Q S) + P X        S <- decay S + K^T (c X)
+    R = beta (V - a (K S))        X = R + M R        O = b (Q S) + P X        S <- decay S + K^T (c X)
 
 five products a chunk; neither new values nor states pass through memory, except one state in CHECKPOINT chunks when a
 backward will follow. Layout: q, k [B, T, H, K], v and o [B, T, HV, V], beta, g [B, T, HV], states [N, HV, K, V]. The
@@ -89,6 +89,7 @@ def _walk(
         M_tile = load_tile(M, chunk * HV * BT, last * HV * BT, BT, BT, BT, BT, TMA)
         a = tl.load(factors + token + row, mask=live, other=0.0)
         c = tl.load(factors + token + row + 2 * factor_step, mask=live, other=0.0)
+        rate = tl.load(factors + token + row + 3 * factor_step, mask=live, other=0.0)
         whole = tl.load(decay + tl.cast(chunk, tl.int64) * HV)
         if CHECKPOINT:
             due = tl.where(chunk % CHECKPOINT == 0, K, 0)
@@ -97,15 +98,16 @@ def _walk(
 
         low = cast(S, DTYPE)
         v_tile = load_tile(v, token, length, v_t, columns, BT, BV, TMA)
-        R = tl.where(values, v_tile, 0.0) - a[:, None] * dot(k_tile, low, None, PRECISION)
+        R = (tl.where(values, v_tile, 0.0) - a[:, None] * dot(k_tile, low, None, PRECISION)) * rate[:, None]
         if CAREFUL:
             bad = not_finite(cast(R, DTYPE).to(S.dtype))
-            X = dot(M_tile, cast(tl.where(bad, 0.0, R), DTYPE), None, PRECISION)
+            R = tl.where(bad, 0.0, R)
+            X = dot(M_tile, cast(R, DTYPE), R, PRECISION)
             bad = bad | not_finite(cast(X, DTYPE).to(S.dtype))
             bad = tl.cumsum((bad & live[:, None]).to(tl.int32), 0) > 0
             X = tl.where(bad, float("nan"), X)
         else:
-            X = dot(M_tile, cast(R, DTYPE), None, PRECISION)
+            X = dot(M_tile, cast(R, DTYPE), R, PRECISION)
         if OUTPUT:
             b = tl.load(factors + token + row + factor_step, mask=live, other=0.0)
             q_tile = load_tile(q, token, length, q_t, K, BT, BK, TMA)
@@ -157,7 +159,7 @@ def forward_kernel(
     v,  # [B, T, HV, V]
     M,  # [slots, HV, BT, BT]
     P,  # [slots, HV, BT, BT]
-    factors,  # [3, B, HV, T]: a, b, c
+    factors,  # [4, B, HV, T]: a, b, c, beta
     decay,  # [slots, HV]
     o,  # [B, T, HV, V]
     entry,  # [N, or slots of segments, HV, K, V]: the states that enter them, or None
@@ -312,7 +314,7 @@ def map_kernel(
     k,  # [B, T, H, K]
     v,  # [B, T, HV, V]
     M,  # [slots, HV, BT, BT]
-    factors,  # [3, B, HV, T]: a, b, c
+    factors,  # [4, B, HV, T]: a, b, c, beta
     decay,  # [slots, HV]
     maps,  # [slots of segments, HV, K, K + V]: transition and the state from zero
     cu_seqlens,  # [N + 1] or None

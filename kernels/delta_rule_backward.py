@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gradients of the delta rule: five launches, of which one walks the sequence.
 
-Names as in `delta_rule_prepare.py`, with M without beta on its columns. For a chunk with entry state S0, new values X
+Names as in `delta_rule_prepare.py`, M with the ones of its diagonal. For a chunk with entry state S0, new values X
 and the gradient dS1 of its exit state (reference/delta_rule.md derives it, gamma_ij = e^{G_i - G_j}):
 
     prepare   M, P, a, b, c and decay again, and gamma                                       parallel over chunks
@@ -98,12 +98,13 @@ def _replay(
 
         low = cast(S, DTYPE)
         store_tile(S0, low, chunk * HV * K, K, V, columns, BK, BV, TMA)
-        R = cast((v_tile - dot(k_tile, low, None, PRECISION) * a[:, None]) * rate[:, None], DTYPE)
+        x = (v_tile - dot(k_tile, low, None, PRECISION) * a[:, None]) * rate[:, None]
+        R = cast(x, DTYPE)
         if CAREFUL:
-            x = dot(M_tile, _finite(R), None, PRECISION)
+            x = dot(M_tile, _finite(R), _finite(x), PRECISION)
             x = _with_nan(x, R, True, PRECISION)
         else:
-            x = dot(M_tile, R, None, PRECISION)
+            x = dot(M_tile, R, x, PRECISION)
         store_tile(X, cast(x, DTYPE), chunk * HV * BT, BT, V, columns, BT, BV, TMA)
         S = dot(tl.trans(k_tile), cast(x * c[:, None], DTYPE), S * total, PRECISION)
     return S
@@ -114,8 +115,8 @@ def replay_kernel(
     k,  # [B, T, H, K]
     v,  # [B, T, HV, V]
     beta,  # [B, T, HV]
-    M,  # [slots, HV, BT, BT], without beta
-    factors,  # [3, B, HV, T]: a, b, c
+    M,  # [slots, HV, BT, BT]
+    factors,  # [4, B, HV, T]: a, b, c, beta
     decay,  # [slots, HV]
     states,  # [checkpoint slots, HV, K, V]
     S0,  # [slots, HV, K, V]: the state entering each chunk
@@ -251,12 +252,13 @@ def _walk_back(
         dx = dot(k_tile, low, None, PRECISION) * c[:, None]
         if CAREFUL:
             dx = dot(tl.trans(P_tile), _finite(do_tile), dx, PRECISION)
-            dx = cast(_with_nan(dx, do_tile, False, PRECISION), DTYPE)
-            dr = dot(tl.trans(M_tile), _finite(dx), None, PRECISION)
-            dr = _with_nan(dr, dx, False, PRECISION)
+            dx = _with_nan(dx, do_tile, False, PRECISION)
+            rounded = cast(dx, DTYPE)
+            dr = dot(tl.trans(M_tile), _finite(rounded), _finite(dx), PRECISION)
+            dr = _with_nan(dr, rounded, False, PRECISION)
         else:
             dx = dot(tl.trans(P_tile), do_tile, dx, PRECISION)
-            dr = dot(tl.trans(M_tile), cast(dx, DTYPE), None, PRECISION)
+            dr = dot(tl.trans(M_tile), cast(dx, DTYPE), dx, PRECISION)
         if dR is not None:
             store_tile(dR, cast(dr, DTYPE), chunk * HV * BT, BT, V, columns, BT, BV, TMA)
         dr = dr * rate[:, None]
@@ -285,9 +287,9 @@ def reverse_kernel(
     k,  # [B, T, H, K]
     beta,  # [B, T, HV]
     do,  # [B, T, HV, V]
-    M,  # [slots, HV, BT, BT], without beta
+    M,  # [slots, HV, BT, BT]
     P,  # [slots, HV, BT, BT]
-    factors,  # [3, B, HV, T]: a, b, c
+    factors,  # [4, B, HV, T]: a, b, c, beta
     decay,  # [slots, HV]
     dfinal_state,  # [N, HV, K, V] or None
     dv,  # [B, T, HV, V] or None
@@ -417,7 +419,7 @@ def query_gradients_kernel(
     do,  # [B, T, HV, V]
     gamma,  # [slots, HV, BT, BT] or None
     norms,  # [2, B, HV, T] or None: r_k, r_q
-    factors,  # [3, B, HV, T]: a, b, c
+    factors,  # [4, B, HV, T]: a, b, c, beta
     S0,  # [slots, HV, K, V]
     X,  # [slots, HV, BT, V]
     dq,  # [B, T, H, K] or None
@@ -510,7 +512,7 @@ def key_gradients_kernel(
     P,  # [slots, HV, BT, BT]
     gamma,  # [slots, HV, BT, BT] or None
     norms,  # [2, B, HV, T] or None: r_k, r_q
-    factors,  # [3, B, HV, T]: a, b, c
+    factors,  # [4, B, HV, T]: a, b, c, beta
     decay,  # [slots, HV]
     S0,  # [slots, HV, K, V]
     X,  # [slots, HV, BT, V]

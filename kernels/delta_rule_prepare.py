@@ -3,13 +3,14 @@
 
 With r = 1/|k| (or 1 without qk_l2norm), G the running sum of g inside the chunk, and rows i, columns j of a chunk:
 
-    M_ij = e^{G_i - G_j} [(I + strictLower(diag(beta) K^ K^^T))^{-1}]_ij (beta_j)       K^ = r K
+    M_ij = e^{G_i - G_j} [(I + strictLower(diag(beta) K^ K^^T))^{-1}]_ij, i > j         K^ = r K
     P_ij = scale e^{G_i - G_j} (q^_i . k^_j), i >= j
     a = e^G r_k       b = scale e^G r_q       c = e^{G_C - G} r_k       decay = e^{G_C}
 
 The gate is a diagonal similarity, so the inverse does not see it (reference/delta_rule.md). M and P are stored in the
 input dtype, zero outside the live lower triangle, so that rows behind a sequence's end add nothing to any product; the
-inverse, the exponents and the row factors are float32 (float64 for float64).
+inverse, the exponents and the row factors are float32 (float64 for float64). M leaves out the ones of the diagonal: a
+product with the inverse is x + M x, whose first term needs no rounding. beta is copied beside the row factors.
 """
 
 from typing import NamedTuple
@@ -130,10 +131,9 @@ def _decays(between, row, column, live):
 
 
 @triton.jit
-def _store_M(M, inverse, decays, rate, row, column, live, first_bad, BT: tl.constexpr, FOLD: tl.constexpr):
-    if FOLD:
-        inverse = inverse * rate[None, :]
-    _store_block(M, tl.where((row < first_bad)[:, None], inverse * decays, float("nan")), row, column, live, BT)
+def _store_M(M, inverse, decays, row, column, live, first_bad, BT: tl.constexpr):
+    below = tl.where(row[:, None] > column[None, :], inverse * decays, 0.0)
+    _store_block(M, tl.where((row < first_bad)[:, None], below, float("nan")), row, column, live, BT)
 
 
 @triton.jit
@@ -153,12 +153,13 @@ def _store_norms(norms, step, row, live, k_norm, q_square):
 
 
 @triton.jit
-def _store_factors(factors, step, row, live, before, after, k_norm, b_norm):
-    """a, b and c of some rows, from the sums of g before and after them."""
+def _store_factors(factors, step, row, live, before, after, k_norm, b_norm, rate):
+    """a, b and c of some rows, from the sums of g before and after them, and beta."""
     entry = tl.exp(before)
     tl.store(factors + row, entry * k_norm, mask=row < live)
     tl.store(factors + row + step, entry * b_norm, mask=row < live)
     tl.store(factors + row + 2 * step, tl.exp(after) * k_norm, mask=row < live)
+    tl.store(factors + row + 3 * step, rate, mask=row < live)
 
 
 @triton.jit(do_not_specialize=["T", "N", "slots", "q_b", "k_b", "beta_b", "g_b", "scale"])
@@ -169,7 +170,7 @@ def prepare_kernel(
     g,  # [B, T, HV] or None
     M,  # [slots, HV, BT, BT]
     P,  # [slots, HV, BT, BT]
-    factors,  # [3, B, HV, T]: a, b, c
+    factors,  # [4, B, HV, T]: a, b, c, beta
     decay,  # [slots, HV]
     gamma,  # [slots, HV, BT, BT] or None
     norms,  # [2, B, HV, T] or None
@@ -196,7 +197,6 @@ def prepare_kernel(
     BT: tl.constexpr,
     BK: tl.constexpr,
     ALIGN: tl.constexpr,  # batch strides of q and k are multiples of this
-    FOLD_BETA: tl.constexpr,  # whether M has beta on its columns
     QK_L2NORM: tl.constexpr,
     PRECISION: tl.constexpr,
     INVERSE_PRECISION: tl.constexpr,
@@ -298,7 +298,7 @@ def prepare_kernel(
         if g is not None:
             gate1 = tl.load(gates + row1.to(tl.int64) * g_t, mask=row1 < live, other=0.0).to(compute)
             between11, upto1, after1, whole1 = _gates(gate1)
-        _store_factors(factors, step, row1, live, whole0 + upto1, after1, k1_norm, q1_norm)
+        _store_factors(factors, step, row1, live, whole0 + upto1, after1, k1_norm, q1_norm, rate1)
         A10 = rate1[:, None] * kk10
         A11 = rate1[:, None] * kk11
         bad = not_finite(A10) | not_finite(tl.where(row[:, None] >= row[None, :], A11, 0.0))
@@ -313,7 +313,7 @@ def prepare_kernel(
             _store_gamma(gamma, decays11, row1, row1, BT)
         if norms is not None:
             _store_norms(norms, step, row1, live, k1_norm, q1_square)
-    _store_factors(factors, step, row, live, upto0, after0 + whole1, k0_norm, q0_norm)
+    _store_factors(factors, step, row, live, upto0, after0 + whole1, k0_norm, q0_norm, rate0)
     tl.store(decay + here, tl.exp(whole0 + whole1))
 
     A00 = tl.where(lower & (row < first_bad)[:, None], A00, 0.0)
@@ -324,11 +324,11 @@ def prepare_kernel(
         X10 = _merge(X00, A10, X11, INVERSE_PRECISION)
         decays10 = _decays(upto1[:, None] + after0[None, :], row1, row, live)
         _store_block(M, zero, row, row1, live, BT)
-        _store_M(M, X10, decays10, rate0, row1, row, live, first_bad, BT, FOLD_BETA)
-        _store_M(M, X11, decays11, rate1, row1, row1, live, first_bad, BT, FOLD_BETA)
+        _store_M(M, X10, decays10, row1, row, live, first_bad, BT)
+        _store_M(M, X11, decays11, row1, row1, live, first_bad, BT)
     else:
         X00 = _inverse(A00, INVERSE_PRECISION)
-    _store_M(M, X00, decays00, rate0, row, row, live, first_bad, BT, FOLD_BETA)
+    _store_M(M, X00, decays00, row, row, live, first_bad, BT)
 
 
 class Chunks(NamedTuple):
@@ -336,7 +336,7 @@ class Chunks(NamedTuple):
 
     M: torch.Tensor  # [slots, HV, BT, BT]
     P: torch.Tensor  # [slots, HV, BT, BT]
-    factors: torch.Tensor  # [3, B, HV, T]: a, b, c
+    factors: torch.Tensor  # [4, B, HV, T]: a, b, c, beta
     decay: torch.Tensor  # [slots, HV]
     gamma: torch.Tensor | None  # [slots, HV, BT, BT]: e^{G_i - G_j}, mirrored above the diagonal
     norms: torch.Tensor | None  # [2, B, HV, T]: r_k, r_q
@@ -373,7 +373,7 @@ def alignment(*tensors: torch.Tensor) -> int:
 
 
 def prepare(q, k, beta, g, cu_seqlens, *, scale, qk_l2norm, forward, BT, rows=None) -> Chunks:
-    """The forward wants beta in M; the backward does not, and wants gamma with a gate and the norms with qk_l2norm.
+    """The backward also wants gamma, with a gate, and the norms, with qk_l2norm.
 
     `rows`: the live rows of a chunk of BT, all by default. q and k have unit stride along their last dimension.
     """
@@ -385,7 +385,7 @@ def prepare(q, k, beta, g, cu_seqlens, *, scale, qk_l2norm, forward, BT, rows=No
     compute = torch.promote_types(q.dtype, torch.float32)
     M = torch.empty(slots, HV, BT, BT, dtype=q.dtype, device=q.device)
     P = torch.empty_like(M)
-    factors = torch.empty(3, B, HV, T, dtype=compute, device=q.device)
+    factors = torch.empty(4, B, HV, T, dtype=compute, device=q.device)
     decay = torch.empty(slots, HV, dtype=compute, device=q.device)
     gamma = None if forward or g is None else torch.empty_like(M)
     norms = torch.empty_like(factors[:2]) if qk_l2norm and not forward else None
@@ -417,7 +417,6 @@ def prepare(q, k, beta, g, cu_seqlens, *, scale, qk_l2norm, forward, BT, rows=No
                 BT=BT,
                 BK=config.BK,
                 ALIGN=alignment(q, k),
-                FOLD_BETA=forward,
                 QK_L2NORM=qk_l2norm,
                 PRECISION=precision(q.dtype),
                 INVERSE_PRECISION=inverse_precision(q.dtype),
