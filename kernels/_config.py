@@ -80,8 +80,11 @@ def causal_conv1d(
         return LaunchConfig(
             BT=32 * (16 // dtype.itemsize if vectors else 8), BD=64 if INTERPRET else 4, num_warps=warps
         )
-    # In the backward pass a thread keeps W weights and W + 1 sums a channel besides the run: more would spill.
-    vector = 16 // dtype.itemsize if kind == "forward" else 2 if W <= 4 else 1
+    # A thread keeps W weights and W inputs a channel, in the backward pass W + 1 sums besides: more would spill.
+    if kind == "forward":
+        vector = min(16 // dtype.itemsize, 8 if W <= 4 else 4)
+    else:
+        vector = 2 if W <= 4 else 1
     BD = min(32 * vector, 1 << (D - 1).bit_length())
     return LaunchConfig(BT=8 * 128 * vector // BD, BD=BD, num_warps=warps)
 
