@@ -82,10 +82,8 @@ def causal_conv1d(
     if time_is_fast:  # 32 runs of each of 4 channels
         return LaunchConfig(BT=BT, BD=4, num_warps=warps)
     # A thread keeps W weights and W inputs a channel, in the backward pass W + 1 sums besides: more would spill.
-    if kind == "forward":
-        vector = min(16 // dtype.itemsize, 8 if W <= 4 else 4)
-    else:
-        vector = 2 if W <= 4 else 1
+    short = W <= 4
+    vector = min(16 // dtype.itemsize, 8 if short else 4) if kind == "forward" else 2 if short else 1
     BD = min(32 * vector, 1 << (D - 1).bit_length())
     return LaunchConfig(BT=8 * 128 * vector // BD, BD=BD, num_warps=warps)
 
