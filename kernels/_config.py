@@ -76,12 +76,14 @@ def causal_conv1d(
 ) -> LaunchConfig:
     """The tiles of the causal convolution: 128 threads, each with a run of tokens of one channel or a few."""
     warps = _warps(128, arch)
+    BT = 32 * (16 // dtype.itemsize if vectors else 8)
+    if INTERPRET:
+        return LaunchConfig(BT=BT, BD=64, num_warps=warps)
     if time_is_fast:  # 32 runs of each of 4 channels
-        return LaunchConfig(
-            BT=32 * (16 // dtype.itemsize if vectors else 8), BD=64 if INTERPRET else 4, num_warps=warps
-        )
-    # In the backward pass a thread keeps W weights and W + 1 sums a channel besides the run: more would spill.
-    vector = 16 // dtype.itemsize if kind == "forward" else 2 if W <= 4 else 1
+        return LaunchConfig(BT=BT, BD=4, num_warps=warps)
+    # A thread keeps W weights and W inputs a channel, in the backward pass W + 1 sums besides: more would spill.
+    short = W <= 4
+    vector = min(16 // dtype.itemsize, 8 if short else 4) if kind == "forward" else 2 if short else 1
     BD = min(32 * vector, 1 << (D - 1).bit_length())
     return LaunchConfig(BT=8 * 128 * vector // BD, BD=BD, num_warps=warps)
 

@@ -10,9 +10,9 @@ for float64).
 A tile is BT tokens x BD channels. Each lane of it holds RUN tokens behind one another as RUN separate registers
 ("columns" below), so that a shift in time is a choice of registers: it reads its RUN tokens and the W-1 before them,
 and nothing W times. Channel-last memory: neighbouring lanes are neighbouring channels, a load is one token of them.
-Channel-first memory: neighbouring lanes are neighbouring runs, a load is a whole run (VECTORS; where L is no multiple
-of a run, one token at a time). Tiles that lie inside of a sequence with all that they reach skip every mask
-(MASKED=False); the others find each token's sequence and its distance from both ends.
+Channel-first memory: neighbouring lanes are neighbouring runs, a load is a whole run (VECTORS; where rows do not begin
+at multiples of a run, one token at a time). That is the way of tiles that reach neither another sequence nor a state;
+the others ("mixed") walk through their runs in a loop that finds each token's sequence and its distance from both ends.
 
 Each launch has further programs behind those of the tiles, one a sequence and block of channels, for what belongs to
 the states: the final state in the forward pass, the initial state's gradient in the backward pass. The parameters'
@@ -34,6 +34,10 @@ VECTOR_BYTES = 16  # of a lane that loads its run at once
 STATE_CHANNELS = 128  # channels of a program that works on states
 MAX_STEPS = 16  # tiles of one program of the backward pass
 FILL = 16  # programs a multiprocessor that the backward pass keeps before it gives them several tiles
+
+# Arguments that follow from the length of the sequences: no kernel is compiled for what divides them.
+SIZES = ("N", "L", "tiles", "time_blocks", "channel_blocks")
+OUTER_STRIDES = tuple(f"{x}_stride_{axis}" for x in ("x", "y", "dy", "dx") for axis in ("b", "slow"))
 
 # ------------------------------------------------------------------------------------------- runs of tokens
 
@@ -77,12 +81,12 @@ def _join_run(columns, RUN: tl.constexpr):
 
 @triton.jit
 def _load_run(
-    at, stride_t, time, live, L, FIRST: tl.constexpr, COUNT: tl.constexpr, RUN: tl.constexpr, VECTORS: tl.constexpr,
-    MASKED: tl.constexpr,
+    at, stride_t, time, live, before, after, FIRST: tl.constexpr, COUNT: tl.constexpr, RUN: tl.constexpr,
+    VECTORS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The columns of tokens time+FIRST .. time+FIRST+COUNT-1; `at` points at token `time`. Outside of [0, L): 0.
+    """The columns of tokens time+FIRST .. time+FIRST+COUNT-1; `at` points at token `time` of the tile.
 
-    VECTORS: time and L are multiples of RUN, so that a whole run is inside or outside.
+    MASKED: 0 for tokens outside of [-before, after) of the tile; VECTORS: a whole run is inside or outside.
     """
     dtype: tl.constexpr = tl.float64 if at.dtype.element_ty == tl.float64 else tl.float32
     columns = ()
@@ -94,7 +98,7 @@ def _load_run(
             ahead = (FIRST_RUN + r) * RUN
             mask = live
             if MASKED:
-                mask = mask & (time + ahead >= 0) & (time + ahead < L)
+                mask = mask & (time + ahead >= -before) & (time + ahead < after)
             run_at = at[:, :, None] + (ahead + tl.arange(0, RUN))[None, None, :] * stride_t
             runs = runs + _split_run(tl.load(run_at, mask=mask[:, :, None], other=0).to(dtype), RUN)
         for i in tl.static_range(COUNT):
@@ -104,7 +108,7 @@ def _load_run(
         for i in tl.static_range(COUNT):
             mask = live
             if MASKED:
-                mask = mask & (time + (FIRST + i) >= 0) & (time + (FIRST + i) < L)
+                mask = mask & (time + (FIRST + i) >= -before) & (time + (FIRST + i) < after)
             columns = columns + (tl.load(at, mask=mask, other=0).to(dtype),)
             at += stride_t  # step by step: a product for each token would wait in a register
     return columns
@@ -112,22 +116,30 @@ def _load_run(
 
 @triton.jit
 def _store_run(
-    at, stride_t, columns, time, live, L, RUN: tl.constexpr, VECTORS: tl.constexpr, MASKED: tl.constexpr
+    at, stride_t, columns, time, live, after, RUN: tl.constexpr, VECTORS: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
     dtype: tl.constexpr = at.dtype.element_ty
     if VECTORS:
         mask = live
         if MASKED:
-            mask = mask & (time < L)
+            mask = mask & (time < after)
         run_at = at[:, :, None] + tl.arange(0, RUN)[None, None, :] * stride_t
         tl.store(run_at, cast(_join_run(columns, RUN), dtype), mask=mask[:, :, None])
     else:
         for i in tl.static_range(RUN):
             mask = live
             if MASKED:
-                mask = mask & (time + i < L)
+                mask = mask & (time + i < after)
             tl.store(at, cast(columns[i], dtype), mask=mask)
             at += stride_t
+
+
+@triton.jit
+def _without_first(columns, COUNT: tl.constexpr):
+    rest = ()
+    for i in tl.static_range(1, COUNT):
+        rest = rest + (columns[i],)
+    return rest
 
 
 # ----------------------------------------------------------------------------- sequences, taps, activation
@@ -149,16 +161,15 @@ def _sequence_of(cu_seqlens, time, low, high):
 
 
 @triton.jit
-def _neighbourhood(cu_seqlens, t0, b, N, L, BACK: tl.constexpr, AHEAD: tl.constexpr):
-    """(inside, low, high): whether tokens t0-BACK .. t0+AHEAD-1 are all of t0's sequence, and the sequences that the
-    tokens from t0 on can belong to."""
-    low, high, start, end = b, b, t0 * 0, L
+def _neighbourhood(cu_seqlens, t0, b, N, L, AHEAD: tl.constexpr):
+    """(low, high, start, end): the sequences that tokens t0 .. t0+AHEAD-1 can belong to, the first one's bounds."""
+    low, high, start, end = b, b, t0 * 0, t0 * 0 + L
     if cu_seqlens is not None:
         low = _sequence_of(cu_seqlens, t0, b, b + N - 1)
         high = _sequence_of(cu_seqlens, t0 + AHEAD - 1, b, b + N - 1)
         start, length = sequence_bounds(cu_seqlens, low, L)
         end = start + length
-    return (t0 - BACK >= start) & (t0 + AHEAD <= end), low, high
+    return low, high, start, end
 
 
 @triton.jit
@@ -177,17 +188,26 @@ def _place(cu_seqlens, time, low, high, L):
 
 
 @triton.jit
-def _taps(columns, AT: tl.constexpr, n, age, state_at, state_stride_n, state_stride_w, live, W: tl.constexpr,
-          MASKED: tl.constexpr):  # fmt: skip
-    """The W inputs that the token of columns[AT] sees, the latest first. `state_at` points at its channels' states."""
+def _taps(columns, AT: tl.constexpr, W: tl.constexpr):
+    """The W inputs that the token of columns[AT] sees, the latest first."""
     taps = ()
     for s in tl.static_range(W):
-        tap = columns[AT - s]
-        if MASKED:
-            tap = tl.where(age >= s, tap, 0)
-            if state_at is not None and s > 0:
-                state = state_at + n * state_stride_n + (W - 1 + age - s) * state_stride_w
-                tap += tl.load(state, mask=live & (age >= 0) & (age < s), other=0).to(tap.dtype)
+        taps = taps + (columns[AT - s],)
+    return taps
+
+
+@triton.jit
+def _mixed_taps(columns, n, age, state_at, state_stride_n, state_stride_w, live, W: tl.constexpr):
+    """The W inputs that the token of columns[W-1] sees, the latest first, from before its sequence those of its state.
+
+    `state_at` points at its channels' states.
+    """
+    taps = ()
+    for s in tl.static_range(W):
+        tap = tl.where(age >= s, columns[W - 1 - s], 0)
+        if state_at is not None and s > 0:
+            at = state_at + n * state_stride_n + (W - 1 + age - s) * state_stride_w
+            tap += tl.load(at, mask=live & (age >= 0) & (age < s), other=0).to(tap.dtype)
         taps = taps + (tap,)
     return taps
 
@@ -249,30 +269,57 @@ def _program(pid, time_blocks, channel_blocks, T_AXIS: tl.constexpr):
         return b, pid // channel_blocks, pid % channel_blocks
 
 
+@triton.jit
+def _by_axis(stride_b, slow, fast, T_AXIS: tl.constexpr, ALIGN: tl.constexpr):
+    """(stride_b, stride_d, stride_t) of what `_tile_strides` passes."""
+    stride_b = tl.cast(stride_b, tl.int64) * ALIGN
+    slow = tl.cast(slow, tl.int64) * ALIGN
+    if T_AXIS == 1:
+        return stride_b, slow, fast
+    else:
+        return stride_b, fast, slow
+
+
 # ---------------------------------------------------------------------------------------------- forward
 
 
 @triton.jit
 def _forward_tile(
-    x_at, x_stride_t, y_at, y_stride_t, weight, bias, state_at, state_stride_n, state_stride_w, cu_seqlens,
-    time, live, low, high, L,
+    x_at, x_stride_t, y_at, y_stride_t, weight, bias, time, live, before, after,
     W: tl.constexpr, RUN: tl.constexpr, VECTORS: tl.constexpr, SILU: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    columns = _load_run(x_at, x_stride_t, time, live, L, 1 - W, W - 1 + (RUN if VECTORS else 0), RUN, VECTORS, MASKED)
+    columns = _load_run(
+        x_at, x_stride_t, time, live, before, after, 1 - W, W - 1 + (RUN if VECTORS else 0), RUN, VECTORS, MASKED
+    )
     results = ()
     for i in tl.static_range(RUN):
         if not VECTORS:  # token by token, which needs fewer registers
-            columns = columns + _load_run(x_at, x_stride_t, time + i, live, L, 0, 1, RUN, VECTORS, MASKED)
+            columns = columns + _load_run(
+                x_at, x_stride_t, time + i, live, before, after, 0, 1, RUN, VECTORS, MASKED
+            )  # fmt: skip
             x_at += x_stride_t
-        n, age, left = low, time, time
-        if MASKED:
-            n, age, left = _place(cu_seqlens, time + i, low, high, L)
-        taps = _taps(columns, W - 1 + i, n, age, state_at, state_stride_n, state_stride_w, live, W, MASKED)
-        y = _activate(_convolve(taps, weight, bias, W), SILU)
-        if MASKED:
-            y = tl.where(left > 0, y, 0)
-        results = results + (y,)
-    _store_run(y_at, y_stride_t, results, time, live, L, RUN, VECTORS, MASKED)
+        results = results + (_activate(_convolve(_taps(columns, W - 1 + i, W), weight, bias, W), SILU),)
+    _store_run(y_at, y_stride_t, results, time, live, after, RUN, VECTORS, MASKED)
+
+
+@triton.jit
+def _forward_mixed_tile(
+    x_at, x_stride_t, y_at, y_stride_t, weight, bias, state_at, state_stride_n, state_stride_w, cu_seqlens,
+    time, live, before, after, t0, low, high, L,
+    W: tl.constexpr, RUN: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    window = _load_run(x_at, x_stride_t, time, live, before, after, 1 - W, W - 1, RUN, False, True)
+    for i in range(RUN):
+        n, age, left = _place(cu_seqlens, t0 + time + i, low, high, L)
+        inside = live & (time + i < after)
+        columns = window + (tl.load(x_at, mask=inside, other=0).to(bias.dtype),)
+        taps = _mixed_taps(columns, n, age, state_at, state_stride_n, state_stride_w, live, W)
+        y = tl.where(left > 0, _activate(_convolve(taps, weight, bias, W), SILU), 0)
+        tl.store(y_at, cast(y, y_at.dtype.element_ty), mask=inside)
+        if W > 1:
+            window = _without_first(columns, W)
+        x_at += x_stride_t
+        y_at += y_stride_t
 
 
 @triton.jit
@@ -294,10 +341,10 @@ def _final_state(
     tl.store(final_state + channel * (W - 1) + j, value, mask=live)
 
 
-@triton.jit(do_not_specialize=["N", "L", "tiles", "time_blocks", "channel_blocks"])
+@triton.jit(do_not_specialize=[*SIZES, *OUTER_STRIDES])
 def _forward_kernel(
     x,  # [B, D, L]
-    x_stride_b, x_stride_d, x_stride_t,
+    x_stride_b, x_stride_slow, x_stride_fast,  # see _tile_strides
     weight,  # [D, W]
     weight_stride_d, weight_stride_w,
     bias,  # [D] or None
@@ -306,39 +353,47 @@ def _forward_kernel(
     state_stride_n, state_stride_d, state_stride_w,
     cu_seqlens,  # [N + 1] or None
     y,  # [B, D, L]
-    y_stride_b, y_stride_d, y_stride_t,
+    y_stride_b, y_stride_slow, y_stride_fast,
     final_state,  # [N, D, W-1], contiguous
     N, D, L,
     tiles,  # programs that work on tiles; the others work on states
     time_blocks, channel_blocks,
     W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, RUN: tl.constexpr, BS: tl.constexpr,
-    T_AXIS: tl.constexpr, VECTORS: tl.constexpr, SILU: tl.constexpr,
+    T_AXIS: tl.constexpr, VECTORS: tl.constexpr, ALIGN: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    x_stride_b, x_stride_d, x_stride_t = _by_axis(x_stride_b, x_stride_slow, x_stride_fast, T_AXIS, ALIGN)
+    y_stride_b, y_stride_d, y_stride_t = _by_axis(y_stride_b, y_stride_slow, y_stride_fast, T_AXIS, ALIGN)
     pid = tl.program_id(0)
     if pid < tiles:
         b, block, channel_block = _program(pid, time_blocks, channel_blocks, T_AXIS)
         b = b.to(tl.int64)
         t0 = block.to(tl.int64) * BT
         time, channel = _lanes(T_AXIS, BT, BD, RUN)
-        time = t0 + time
         channel = channel_block * BD + channel
         taps, offset = _load_weight(weight, weight_stride_d, weight_stride_w, bias, bias_stride, channel, D, W, dtype)
         live = tl.broadcast(channel < D, time >= 0)[0]
         channel = channel.to(tl.int64)
-        x_at = x + b * x_stride_b + channel * x_stride_d + time * x_stride_t
-        y_at = y + b * y_stride_b + channel * y_stride_d + time * y_stride_t
-        state_at = state
-        if state is not None:
-            state_at = state + channel * state_stride_d
+        x_at = x + b * x_stride_b + channel * x_stride_d + (t0 + time) * x_stride_t
+        y_at = y + b * y_stride_b + channel * y_stride_d + (t0 + time) * y_stride_t
         HALO: tl.constexpr = (W - 1 + RUN - 1) // RUN * RUN if VECTORS else W - 1
-        inside, low, high = _neighbourhood(cu_seqlens, t0, b, N, L, HALO, BT)
-        if inside:
-            _forward_tile(x_at, x_stride_t, y_at, y_stride_t, taps, offset, state_at, state_stride_n, state_stride_w,
-                          cu_seqlens, time, live, low, high, L, W, RUN, VECTORS, SILU, False)  # fmt: skip
+        before = tl.minimum(t0, HALO).to(tl.int32)
+        after = tl.minimum(L - t0, BT).to(tl.int32)
+        if cu_seqlens is None and state is None:
+            _forward_tile(x_at, x_stride_t, y_at, y_stride_t, taps, offset, time, live, before, after,
+                          W, RUN, VECTORS, SILU, True)  # fmt: skip
         else:
-            _forward_tile(x_at, x_stride_t, y_at, y_stride_t, taps, offset, state_at, state_stride_n, state_stride_w,
-                          cu_seqlens, time, live, low, high, L, W, RUN, VECTORS, SILU, True)  # fmt: skip
+            state_at = state
+            if state is not None:
+                state_at = state + channel * state_stride_d
+            low, high, start, end = _neighbourhood(cu_seqlens, t0, b, N, L, BT)
+            if (t0 - HALO >= start) & (t0 + BT <= end):
+                _forward_tile(x_at, x_stride_t, y_at, y_stride_t, taps, offset, time, live, before, after,
+                              W, RUN, VECTORS, SILU, False)  # fmt: skip
+            else:
+                _forward_mixed_tile(x_at, x_stride_t, y_at, y_stride_t, taps, offset,
+                                    state_at, state_stride_n, state_stride_w, cu_seqlens,
+                                    time, live, before, after, t0, low, high, L, W, RUN, SILU)  # fmt: skip
     elif W > 1:
         state_blocks = tl.cdiv(D, BS)
         n = ((pid - tiles) // state_blocks).to(tl.int64)
@@ -362,60 +417,108 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_tile(
-    x_at, x_stride_t, dy_at, dy_stride_t, dx_at, dx_stride_t, weight, bias,
-    state_at, state_stride_n, state_stride_w, dfinal_at, dfinal_stride_n, dfinal_stride_w, cu_seqlens,
-    time, live, low, high, L, sums,
+    x_at, x_stride_t, dy_at, dy_stride_t, dx_at, dx_stride_t, weight, bias, time, live, before, after, sums,
     W: tl.constexpr, RUN: tl.constexpr, VECTORS: tl.constexpr, SILU: tl.constexpr, NEED_SUMS: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Writes dx (unless dx_at is None); returns `sums`, W of dweight and one of dbias, with this tile's added."""
+    """Writes dx (unless dx_at is None); returns `sums`, W of dweight and one of dbias, with this tile's added.
+
+    The tile and W-1 tokens behind it are inside of a sequence; MASKED: the W-1 tokens before it need not be.
+    """
     # Token p's gradient needs dz of p .. p+W-1, and z needs the W-1 inputs before each of them.
     AHEAD: tl.constexpr = 0 if dx_at is None else W - 1
     X_AHEAD: tl.constexpr = AHEAD if SILU else 0
     dy, columns = (), ()
     if VECTORS:
-        dy = _load_run(dy_at, dy_stride_t, time, live, L, 0, RUN + AHEAD, RUN, VECTORS, MASKED)
+        dy = _load_run(dy_at, dy_stride_t, time, live, before, after, 0, RUN + AHEAD, RUN, VECTORS, False)
     if SILU or NEED_SUMS:
         COUNT: tl.constexpr = W - 1 + (RUN + X_AHEAD if VECTORS else 0)
-        columns = _load_run(x_at, x_stride_t, time, live, L, 1 - W, COUNT, RUN, VECTORS, MASKED)
-    ns, lefts, dz, results = (), (), (), ()
+        columns = _load_run(x_at, x_stride_t, time, live, before, after, 1 - W, COUNT, RUN, VECTORS, MASKED)
+    dz, results = (), ()
     for i in tl.static_range(RUN + AHEAD):
-        n, age, left = low, time, time
-        if MASKED:
-            n, age, left = _place(cu_seqlens, time + i, low, high, L)
         if not VECTORS:  # token by token, which needs fewer registers
-            dy = dy + _load_run(dy_at, dy_stride_t, time + i, live, L, 0, 1, RUN, VECTORS, MASKED)
+            dy = dy + _load_run(dy_at, dy_stride_t, time, live, before, after, 0, 1, RUN, VECTORS, False)
             dy_at += dy_stride_t
         d = dy[i]
         if SILU or (NEED_SUMS and i < RUN):
             if not VECTORS:
-                columns = columns + _load_run(x_at, x_stride_t, time + i, live, L, 0, 1, RUN, VECTORS, MASKED)
+                columns = columns + _load_run(x_at, x_stride_t, time, live, before, after, 0, 1, RUN, VECTORS, False)
                 x_at += x_stride_t
-            taps = _taps(columns, W - 1 + i, n, age, state_at, state_stride_n, state_stride_w, live, W, MASKED)
+            taps = _taps(columns, W - 1 + i, W)
         if SILU:
             d = _through_activation(d, _convolve(taps, weight, bias, W), SILU)
-        if MASKED:
-            d = tl.where(left > 0, d, 0)
         if NEED_SUMS and i < RUN:
-            added = ()
-            for s in tl.static_range(W):
-                added = added + (sums[s] + d * taps[s],)
-            sums = added + (sums[W] + d,)
-        ns, lefts, dz = ns + (n,), lefts + (left,), dz + (d,)
+            sums = _add_to_sums(sums, d, taps, W)
+        dz = dz + (d,)
         if dx_at is not None and i >= W - 1:  # all that token p reaches is there
-            left = lefts[i - (W - 1)]
             dx = weight[0] * dz[i - (W - 1)]
             for s in tl.static_range(1, W):
-                if MASKED:
-                    dx += weight[s] * tl.where(s < left, dz[i - (W - 1) + s], 0)
-                else:
-                    dx += weight[s] * dz[i - (W - 1) + s]
-            if MASKED and dfinal_at is not None:
-                at = dfinal_at + ns[i - (W - 1)] * dfinal_stride_n + (W - 1 - left) * dfinal_stride_w
-                dx += tl.load(at, mask=live & (left > 0) & (left < W), other=0).to(dx.dtype)
+                dx += weight[s] * dz[i - (W - 1) + s]
             results = results + (dx,)
     if dx_at is not None:
-        _store_run(dx_at, dx_stride_t, results, time, live, L, RUN, VECTORS, MASKED)
+        _store_run(dx_at, dx_stride_t, results, time, live, after, RUN, VECTORS, False)
+    return sums
+
+
+@triton.jit
+def _add_to_sums(sums, d, taps, W: tl.constexpr):
+    added = ()
+    for s in tl.static_range(W):
+        added = added + (sums[s] + d * taps[s],)
+    return added + (sums[W] + d,)
+
+
+@triton.jit
+def _backward_mixed_tile(
+    x_at, x_stride_t, dy_at, dy_stride_t, dx_at, dx_stride_t, weight, bias,
+    state_at, state_stride_n, state_stride_w, dfinal_at, dfinal_stride_n, dfinal_stride_w, cu_seqlens,
+    time, live, before, after, t0, low, high, L, sums,
+    W: tl.constexpr, RUN: tl.constexpr, SILU: tl.constexpr, NEED_SUMS: tl.constexpr,
+):  # fmt: skip
+    """As `_backward_tile`, wherever sequences begin and end. Each token's dz is added to the dx that it reaches."""
+    AHEAD: tl.constexpr = 0 if dx_at is None else W - 1
+    window, pending = (), ()  # the W-1 inputs, and the W-1 unfinished dx, of the tokens before the present one
+    if SILU or NEED_SUMS:
+        window = _load_run(x_at, x_stride_t, time, live, before, after, 1 - W, W - 1, RUN, False, True)
+    if dx_at is not None:
+        dx_at -= (W - 1) * dx_stride_t
+        for _ in tl.static_range(W - 1):
+            pending = pending + (tl.zeros(live.shape, bias.dtype),)
+    for i in range(RUN + AHEAD):
+        n, age, left = _place(cu_seqlens, t0 + time + i, low, high, L)
+        inside = live & (time + i < after)
+        own = time + i < time + RUN  # the other tokens are added where they belong
+        d = tl.load(dy_at, mask=inside, other=0).to(bias.dtype)
+        dy_at += dy_stride_t
+        if SILU or NEED_SUMS:
+            columns = window + (tl.load(x_at, mask=inside, other=0).to(bias.dtype),)
+            x_at += x_stride_t
+            taps = _mixed_taps(columns, n, age, state_at, state_stride_n, state_stride_w, live, W)
+            if W > 1:
+                window = _without_first(columns, W)
+        if SILU:
+            d = _through_activation(d, _convolve(taps, weight, bias, W), SILU)
+        d = tl.where(left > 0, d, 0)
+        if NEED_SUMS:
+            mine = ()
+            for s in tl.static_range(W):
+                mine = mine + (tl.where(own, taps[s], 0),)
+            sums = _add_to_sums(sums, tl.where(own, d, 0), mine, W)
+        if dx_at is not None:
+            reached = ()
+            for s in tl.static_range(W - 1, 0, -1):
+                reached = reached + (pending[W - 1 - s] + weight[s] * tl.where(age >= s, d, 0),)
+            dx = weight[0] * d
+            if dfinal_at is not None:
+                at = dfinal_at + n * dfinal_stride_n + (W - 1 - left) * dfinal_stride_w
+                dx += tl.load(at, mask=live & (left > 0) & (left < W), other=0).to(dx.dtype)
+            reached = reached + (dx,)
+            last = time + i - (W - 1)  # no later token reaches this one
+            done = live & (last >= time) & (last < after)
+            tl.store(dx_at, cast(reached[0], dx_at.dtype.element_ty), mask=done)
+            dx_at += dx_stride_t
+            if W > 1:
+                pending = _without_first(reached, W)
     return sums
 
 
@@ -423,45 +526,45 @@ def _backward_tile(
 def _initial_state_gradient(
     x, x_stride_d, x_stride_t, dy, dy_stride_d, dy_stride_t,
     weight, weight_stride_d, weight_stride_w, bias, bias_stride,
-    state, state_stride_d, state_stride_w, dfinal_state, dfinal_stride_d, dfinal_stride_w, dstate, d0, D, start, end, L,
+    state, state_stride_d, state_stride_w, dfinal_state, dfinal_stride_d, dfinal_stride_w, dstate, d0, D, start, length,
     W: tl.constexpr, BD: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """A tile of one run, the first W-1 tokens of a sequence. The tensors point at its batch entry and its rows."""
+    """From the first W-1 tokens of a sequence. The tensors point at its batch entry and its rows."""
     dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     channel = d0 + tl.arange(0, BD)
     taps, offset = _load_weight(weight, weight_stride_d, weight_stride_w, bias, bias_stride, channel, D, W, dtype)
     live = channel < D
     channel = channel.to(tl.int64)
-    time = start + tl.zeros_like(channel)
-    length = end - start + tl.zeros_like(channel)
-    dz = _load_run(
-        dy + channel * dy_stride_d + time * dy_stride_t, dy_stride_t, time, live, L, 0, W - 1, 1, False, True
-    )
+    length += tl.zeros_like(channel)
+    columns = ()  # the state and the tokens
     if SILU:
-        x_at = x + channel * x_stride_d + time * x_stride_t
-        columns = _load_run(x_at, x_stride_t, time, live, L, 1 - W, 2 * W - 2, 1, False, True)
         state_at = state + channel * state_stride_d
-    dzs = ()
+        for j in tl.static_range(W - 1):
+            columns = columns + (tl.load(state_at + j * state_stride_w, mask=live, other=0).to(dtype),)
+    x_at = x + channel * x_stride_d + start * x_stride_t
+    dy_at = dy + channel * dy_stride_d + start * dy_stride_t
+    dz = ()
     for i in tl.static_range(W - 1):
-        d = dz[i]
+        inside = live & (i < length)
+        d = tl.load(dy_at + i * dy_stride_t, mask=inside, other=0).to(dtype)
         if SILU:
-            seen = _taps(columns, W - 1 + i, 0, time - start + i, state_at, 0, state_stride_w, live, W, True)
-            d = _through_activation(d, _convolve(seen, taps, offset, W), SILU)
-        dzs = dzs + (tl.where(i < length, d, 0),)
+            columns = columns + (tl.load(x_at + i * x_stride_t, mask=inside, other=0).to(dtype),)
+            d = _through_activation(d, _convolve(_taps(columns, W - 1 + i, W), taps, offset, W), SILU)
+        dz = dz + (tl.where(i < length, d, 0),)
     for j in tl.static_range(W - 1):
         gradient = tl.zeros_like(offset)
         for i in tl.static_range(j + 1):  # token i sees column j of the state W-1+i-j steps back
-            gradient += taps[W - 1 + i - j] * dzs[i]
+            gradient += taps[W - 1 + i - j] * dz[i]
         if dfinal_state is not None:  # the column is still in the final state of a short sequence
             at = dfinal_state + channel * dfinal_stride_d + (j - length) * dfinal_stride_w
             gradient += tl.load(at, mask=live & (length <= j), other=0).to(gradient.dtype)
         tl.store(dstate + channel * (W - 1) + j, cast(gradient, dstate.dtype.element_ty), mask=live)
 
 
-@triton.jit(do_not_specialize=["N", "L", "tiles", "time_blocks", "channel_blocks", "steps"])
+@triton.jit(do_not_specialize=[*SIZES, "steps", *OUTER_STRIDES])
 def _backward_kernel(
     x,  # [B, D, L]
-    x_stride_b, x_stride_d, x_stride_t,
+    x_stride_b, x_stride_slow, x_stride_fast,  # see _tile_strides
     weight,  # [D, W]
     weight_stride_d, weight_stride_w,
     bias,  # [D] or None
@@ -470,11 +573,11 @@ def _backward_kernel(
     state_stride_n, state_stride_d, state_stride_w,
     cu_seqlens,  # [N + 1] or None
     dy,  # [B, D, L]
-    dy_stride_b, dy_stride_d, dy_stride_t,
+    dy_stride_b, dy_stride_slow, dy_stride_fast,
     dfinal_state,  # [N, D, W-1] or None
     dfinal_stride_n, dfinal_stride_d, dfinal_stride_w,
     dx,  # [B, D, L] or None
-    dx_stride_b, dx_stride_d, dx_stride_t,
+    dx_stride_b, dx_stride_slow, dx_stride_fast,
     partial,  # [B * time_blocks, W + 1, D]: sums of dweight, the latest input's tap first, and of dbias; or None
     dstate,  # [N, D, W-1], contiguous, or None
     N, D, L,
@@ -482,18 +585,21 @@ def _backward_kernel(
     time_blocks, channel_blocks,
     steps,  # tiles behind one another that one program works on
     W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, RUN: tl.constexpr, BS: tl.constexpr,
-    T_AXIS: tl.constexpr, VECTORS: tl.constexpr, SILU: tl.constexpr,
+    T_AXIS: tl.constexpr, VECTORS: tl.constexpr, ALIGN: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    x_stride_b, x_stride_d, x_stride_t = _by_axis(x_stride_b, x_stride_slow, x_stride_fast, T_AXIS, ALIGN)
+    dy_stride_b, dy_stride_d, dy_stride_t = _by_axis(dy_stride_b, dy_stride_slow, dy_stride_fast, T_AXIS, ALIGN)
+    dx_stride_b, dx_stride_d, dx_stride_t = _by_axis(dx_stride_b, dx_stride_slow, dx_stride_fast, T_AXIS, ALIGN)
     pid = tl.program_id(0)
     if pid < tiles:
         b, block, channel_block = _program(pid, time_blocks, channel_blocks, T_AXIS)
-        row = b * time_blocks + block
         b = b.to(tl.int64)
-        lane_time, channel = _lanes(T_AXIS, BT, BD, RUN)
+        row = b * time_blocks + block
+        time, channel = _lanes(T_AXIS, BT, BD, RUN)
         channel = channel_block * BD + channel
         taps, offset = _load_weight(weight, weight_stride_d, weight_stride_w, bias, bias_stride, channel, D, W, dtype)
-        live = tl.broadcast(channel < D, lane_time >= 0)[0]
+        live = tl.broadcast(channel < D, time >= 0)[0]
         channel = channel.to(tl.int64)
         state_at = state
         if state is not None:
@@ -508,27 +614,31 @@ def _backward_kernel(
         first = block.to(tl.int64) * steps
         for tile in range(first, tl.minimum(first + steps, tl.cdiv(L, BT))):
             t0 = tile * BT
-            time = t0 + lane_time
-            x_at = x + b * x_stride_b + channel * x_stride_d + time * x_stride_t
-            dy_at = dy + b * dy_stride_b + channel * dy_stride_d + time * dy_stride_t
+            x_at = x + b * x_stride_b + channel * x_stride_d + (t0 + time) * x_stride_t
+            dy_at = dy + b * dy_stride_b + channel * dy_stride_d + (t0 + time) * dy_stride_t
             dx_at = dx
             if dx is not None:
-                dx_at = dx + b * dx_stride_b + channel * dx_stride_d + time * dx_stride_t
-            inside, low, high = _neighbourhood(cu_seqlens, t0, b, N, L, HALO, BT + HALO)
+                dx_at = dx + b * dx_stride_b + channel * dx_stride_d + (t0 + time) * dx_stride_t
+            before = tl.minimum(t0, HALO).to(tl.int32)
+            after = tl.minimum(L - t0, BT + HALO).to(tl.int32)
+            low, high, start, end = _neighbourhood(cu_seqlens, t0, b, N, L, BT + HALO)
+            ZEROS_BEFORE: tl.constexpr = cu_seqlens is None and state is None
+            inside = t0 + BT + HALO <= end
+            if not ZEROS_BEFORE:
+                inside = inside & (t0 - HALO >= start)
             if inside:
                 sums = _backward_tile(
                     x_at, x_stride_t, dy_at, dy_stride_t, dx_at, dx_stride_t, taps, offset,
-                    state_at, state_stride_n, state_stride_w, dfinal_at, dfinal_stride_n, dfinal_stride_w, cu_seqlens,
-                    time, live, low, high, L, sums, W, RUN, VECTORS, SILU, partial is not None, False,
+                    time, live, before, after, sums, W, RUN, VECTORS, SILU, partial is not None, ZEROS_BEFORE,
                 )  # fmt: skip
             else:
-                sums = _backward_tile(
+                sums = _backward_mixed_tile(
                     x_at, x_stride_t, dy_at, dy_stride_t, dx_at, dx_stride_t, taps, offset,
                     state_at, state_stride_n, state_stride_w, dfinal_at, dfinal_stride_n, dfinal_stride_w, cu_seqlens,
-                    time, live, low, high, L, sums, W, RUN, VECTORS, SILU, partial is not None, True,
+                    time, live, before, after, t0, low, high, L, sums, W, RUN, SILU, partial is not None,
                 )  # fmt: skip
         if partial is not None:
-            at = partial + row.to(tl.int64) * (W + 1) * D + channel_block * BD + tl.arange(0, BD)
+            at = partial + row * (W + 1) * D + channel_block * BD + tl.arange(0, BD)
             for s in tl.static_range(W + 1):
                 tl.store(at + s * D, tl.sum(sums[s], T_AXIS), mask=channel_block * BD + tl.arange(0, BD) < D)
     elif dstate is not None:
@@ -536,11 +646,10 @@ def _backward_kernel(
         n = ((pid - tiles) // state_blocks).to(tl.int64)
         d0 = (pid - tiles) % state_blocks * BS
         start = n * 0
-        end = start + L
+        length = start + L
         batch = n
         if cu_seqlens is not None:
             start, length = sequence_bounds(cu_seqlens, n, L)
-            end = start + length
             batch = n * 0
         dfinals = dfinal_state
         if dfinal_state is not None:
@@ -549,7 +658,7 @@ def _backward_kernel(
             x + batch * x_stride_b, x_stride_d, x_stride_t, dy + batch * dy_stride_b, dy_stride_d, dy_stride_t,
             weight, weight_stride_d, weight_stride_w, bias, bias_stride,
             state + n * state_stride_n, state_stride_d, state_stride_w, dfinals, dfinal_stride_d, dfinal_stride_w,
-            dstate + n * D * (W - 1), d0, D, start, end, L, W, BS, SILU,
+            dstate + n * D * (W - 1), d0, D, start, length, W, BS, SILU,
         )  # fmt: skip
 
 
@@ -581,7 +690,7 @@ def _reduce_kernel(
 # ------------------------------------------------------------------------------------------------- step
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["x_stride_b"])
 def _step_kernel(
     x,  # [B, D]
     x_stride_b, x_stride_d,
@@ -634,7 +743,7 @@ def why_not(device: str, dtype: torch.dtype, *sizes: int) -> str | None:
 
 def _time_is_fast(x: torch.Tensor) -> bool:
     """Whether neighbours in memory are neighbours in time; else they are neighbouring channels."""
-    return x.stride(1) != 1 or (x.stride(2) == 1 and x.shape[2] > 1)
+    return x.stride(1) != 1 or x.stride(2) == 1
 
 
 def _empty_with_layout(x: torch.Tensor) -> torch.Tensor:
@@ -647,14 +756,36 @@ def _strides(x: torch.Tensor | None, count: int) -> tuple[int, ...]:
     return (0,) * count if x is None else tuple(s if n > 1 else 0 for s, n in zip(x.stride(), x.shape, strict=True))
 
 
-def _config_for(kind: str, x: torch.Tensor, W: int) -> tuple[_config.LaunchConfig, dict]:
-    """The row of the table, and the constants of the kernel that follow from x's layout."""
+def _tile_strides(x: torch.Tensor | None, constants: dict) -> tuple[int, ...]:
+    """(batch entry, slow axis, fast axis), the first two in units of ALIGN elements.
+
+    Lengths decide what divides these two, so kernels are not compiled for that, but for ALIGN.
+    """
+    if x is None:
+        return 0, 0, 0
+    batch, slow, fast = x.stride() if constants["T_AXIS"] else (x.stride(0), x.stride(2), x.stride(1))
+    return batch // constants["ALIGN"], slow // constants["ALIGN"], fast
+
+
+def _config_for(kind: str, W: int, x: torch.Tensor, *others: torch.Tensor | None) -> tuple[_config.LaunchConfig, dict]:
+    """The row of the table, and the constants of the kernel that follow from the layout of x and of `others`."""
     time_is_fast = _time_is_fast(x)
     run = VECTOR_BYTES // x.element_size()
-    vectors = time_is_fast and x.stride(2) == 1 and x.shape[2] % run == 0
+    fast = 2 if time_is_fast else 1
+    tensors = [t for t in (x, *others) if t is not None]
+    aligned = all(t.stride(axis) % run == 0 for t in tensors for axis in (0, 3 - fast))
+    vectors = time_is_fast and aligned and x.shape[2] % run == 0 and all(t.stride(2) == 1 for t in tensors)
     config = _config.causal_conv1d(kind, time_is_fast, vectors, x.shape[1], W, x.dtype, arch())
-    constants = {"W": W, "BT": config.BT, "BD": config.BD, "RUN": run if vectors else RUN, "BS": STATE_CHANNELS}
-    return config, constants | {"T_AXIS": int(time_is_fast), "VECTORS": vectors}
+    return config, {
+        "W": W,
+        "BT": config.BT,
+        "BD": config.BD,
+        "RUN": run if vectors else RUN,
+        "BS": STATE_CHANNELS,
+        "T_AXIS": int(time_is_fast),
+        "VECTORS": vectors,
+        "ALIGN": run if aligned and (vectors or not time_is_fast) else 1,
+    }
 
 
 def _results(x, weight, bias, initial_state, cu_seqlens, *, activation):
@@ -677,15 +808,15 @@ def forward(x, weight, bias, initial_state, cu_seqlens, *, activation):
     y, final_state = _results(x, weight, bias, initial_state, cu_seqlens, activation=activation)
     if N == 0:
         return y.zero_(), final_state
-    config, constants = _config_for("forward", x, W)
+    config, constants = _config_for("forward", W, x, y)
     time_blocks, channel_blocks = triton.cdiv(L, config.BT), triton.cdiv(D, config.BD)
     tiles = B * time_blocks * channel_blocks
     programs = tiles + (N * triton.cdiv(D, STATE_CHANNELS) if W > 1 else 0)
     if programs:
         with on_device(x):
             _forward_kernel[(programs,)](
-                x, *_strides(x, 3), weight, *_strides(weight, 2), bias, *_strides(bias, 1),
-                initial_state, *_strides(initial_state, 3), cu_seqlens, y, *_strides(y, 3), final_state,
+                x, *_tile_strides(x, constants), weight, *_strides(weight, 2), bias, *_strides(bias, 1),
+                initial_state, *_strides(initial_state, 3), cu_seqlens, y, *_tile_strides(y, constants), final_state,
                 N, D, L, tiles, time_blocks, channel_blocks, **constants, SILU=activation is not None, **config.options,
             )  # fmt: skip
     return y, final_state
@@ -712,7 +843,7 @@ def backward(x, weight, bias, initial_state, cu_seqlens, dy, dfinal_state, *, ac
     if N == 0:
         return [d if d is None else d.zero_() for d in grads]
 
-    config, constants = _config_for("backward", x, W)
+    config, constants = _config_for("backward", W, x, dy, dx)
     channel_blocks = triton.cdiv(D, config.BD)
     time_tiles = triton.cdiv(L, config.BT) if need_x or need_weight or need_bias else 0
     # Programs that go through many tiles leave few partial sums; enough of them are left to fill the device.
@@ -727,9 +858,9 @@ def backward(x, weight, bias, initial_state, cu_seqlens, dy, dfinal_state, *, ac
     with on_device(x):
         if programs:
             _backward_kernel[(programs,)](
-                x, *_strides(x, 3), weight, *_strides(weight, 2), bias, *_strides(bias, 1),
-                initial_state, *_strides(initial_state, 3), cu_seqlens, dy, *_strides(dy, 3),
-                dfinal_state, *_strides(dfinal_state, 3), dx, *_strides(dx, 3), partial, dstate,
+                x, *_tile_strides(x, constants), weight, *_strides(weight, 2), bias, *_strides(bias, 1),
+                initial_state, *_strides(initial_state, 3), cu_seqlens, dy, *_tile_strides(dy, constants),
+                dfinal_state, *_strides(dfinal_state, 3), dx, *_tile_strides(dx, constants), partial, dstate,
                 N, D, L, tiles, time_blocks, channel_blocks, steps, **constants, SILU=activation is not None,
                 **config.options,
             )  # fmt: skip

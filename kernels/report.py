@@ -60,6 +60,8 @@ CASES = (
     Case("causal_conv1d", "bfloat16", {"W": 4, "silu": True}, targets=ALL, short=True),
     Case("causal_conv1d", "bfloat16", {"W": 4, "silu": True, "time_last": True}),
     Case("causal_conv1d", "bfloat16", {"W": 4, "silu": True, "packed": True, "bias": True}),
+    Case("causal_conv1d", "bfloat16", {"W": 8, "silu": True, "packed": True}),
+    Case("causal_conv1d", "float16", {"W": 4, "silu": True, "packed": True, "time_last": True}),
     Case("causal_conv1d", "float32", {"W": 4, "silu": True}, targets=ALL),
     Case("causal_conv1d", "float64", {"W": 4}),
 )
