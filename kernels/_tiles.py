@@ -47,6 +47,17 @@ def not_finite(x):
 
 
 @triton.jit
+def spread(bad, dtype: tl.constexpr, LATER: tl.constexpr, PRECISION: tl.constexpr):
+    """`bad` [rows, columns], and in each column all rows behind (LATER) or before a True.
+
+    A product with a triangle counts them: `tl.cumsum` takes ten times the instructions, and registers for them.
+    """
+    row = tl.arange(0, bad.shape[0])
+    reach = row[:, None] >= row[None, :] if LATER else row[:, None] <= row[None, :]
+    return dot(tl.where(reach, 1.0, 0.0).to(dtype), tl.where(bad, 1.0, 0.0).to(dtype), None, PRECISION) > 0
+
+
+@triton.jit
 def sequence_bounds(cu_seqlens, n, T):
     """(first token, length) of packed sequence n. Bad values of cu_seqlens give wrong tokens of [0, T), no others."""
     start = tl.minimum(tl.maximum(tl.load(cu_seqlens + n).to(tl.int64), 0), T)
