@@ -42,7 +42,10 @@ def cast(x, dtype: tl.constexpr):
 
 @triton.jit
 def not_finite(x):
-    """Where x is NaN or infinite: x - x is 0 for finite x alone."""
+    """Where x is NaN or infinite: x - x is 0 for finite x alone. Triton's interpreter subtracts bits of bfloat16."""
+    if INTERPRET:
+        if x.dtype == tl.bfloat16:
+            x = x.to(tl.float32)
     return (x - x) != 0
 
 

@@ -111,9 +111,9 @@ def _walk(
         R = tl.where(values, v_tile, 0.0) - a[:, None] * dot(k_tile, low, None, PRECISION)
         if CAREFUL:
             R = cast(R, DTYPE)
-            bad = not_finite(R)
-            X = dot(M_tile, tl.where(bad, 0.0, R), None, PRECISION)
-            bad = (bad | not_finite(cast(X, DTYPE))) & live[:, None]
+            X = dot(M_tile, tl.where(not_finite(R), 0.0, R), None, PRECISION)
+            X += R.to(S.dtype) - R.to(S.dtype)  # NaN where R is not finite
+            bad = not_finite(cast(X, DTYPE)) & live[:, None]
             X = tl.where(spread(bad, DTYPE, True, PRECISION), float("nan"), X)
         else:
             X = dot(M_tile, cast(R, DTYPE), None, PRECISION)
@@ -280,8 +280,10 @@ def forward_kernel(
     )
     if last == chunks:
         _store_state(final + (n * HV + head) * (K * V) + block * BV, S, V, K, columns, BK, BV)
-    if tl.sum(tl.sum(not_finite(S).to(tl.int32), 1), 0) > 0:
-        S = _entering(entry, entry_k, K, columns, BK, BV, factors.dtype.element_ty)
+    found = tl.sum(tl.sum(not_finite(S).to(tl.int32), 1), 0)
+    if found != 0:
+        # Adding 0 in a way that the compiler does not see: it would keep the first walk's addresses in registers.
+        S = _entering(entry, entry_k + tl.minimum(found, 0), K, columns, BK, BV, factors.dtype.element_ty)
         _walk(
             S,
             q_source,
