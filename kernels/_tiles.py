@@ -42,8 +42,22 @@ def cast(x, dtype: tl.constexpr):
 
 @triton.jit
 def not_finite(x):
-    """Where x is NaN or infinite: x - x is 0 for finite x alone."""
+    """Where x is NaN or infinite: x - x is 0 for finite x alone. Triton's interpreter subtracts bits of bfloat16."""
+    if INTERPRET:
+        if x.dtype == tl.bfloat16:
+            x = x.to(tl.float32)
     return (x - x) != 0
+
+
+@triton.jit
+def spread(bad, dtype: tl.constexpr, LATER: tl.constexpr, PRECISION: tl.constexpr):
+    """`bad` [rows, columns], and in each column all rows behind (LATER) or before a True.
+
+    A product with a triangle counts them: `tl.cumsum` takes ten times the instructions, and registers for them.
+    """
+    row = tl.arange(0, bad.shape[0])
+    reach = row[:, None] >= row[None, :] if LATER else row[:, None] <= row[None, :]
+    return dot(tl.where(reach, 1.0, 0.0).to(dtype), tl.where(bad, 1.0, 0.0).to(dtype), None, PRECISION) > 0
 
 
 @triton.jit

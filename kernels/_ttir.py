@@ -10,10 +10,13 @@ _NAME = re.compile(r"%([\w-]+)(?:#\d+)?")
 
 
 def loop_loads_and_multiplies(ttir: str) -> bool:
-    """Whether some loop of a kernel holds both a load of a tile (of two dimensions at least) and a matrix product."""
+    """Whether some loop holds both a load of a tile (of two dimensions at least) and a matrix product of 16-bit tiles.
+
+    A product of float32 tiles in a kernel of 16-bit inputs is there for its precision, not for the tensor cores.
+    """
     patterns = {
         "load": re.compile(r"\btt\.descriptor_load\b|\btt\.load\b.*tensor<\d+x\d+x"),
-        "dot": re.compile(r"\btt\.dot\b"),
+        "dot": re.compile(r"\btt\.dot\b.*: tensor<[\dx]+x(?:bf16|f16)>"),
     }
     open_loops, found, depth = [], [], 0
     for line in ttir.splitlines():

@@ -29,7 +29,18 @@ from . import _launch
 from ._config import CHECKPOINT, delta_rule_forward_config, delta_rule_step_config
 from ._launch import allow_descriptors, arch, multiprocessors, on_device, precision
 from ._operators import operator
-from ._tiles import cast, dot, first_of, load_tile, not_finite, segment_of_slot, sequence_bounds, tile_source, zero_rows
+from ._tiles import (
+    cast,
+    dot,
+    first_of,
+    load_tile,
+    not_finite,
+    segment_of_slot,
+    sequence_bounds,
+    spread,
+    tile_source,
+    zero_rows,
+)
 from .delta_rule_backward import backward  # noqa: F401 - this module offers it
 from .delta_rule_prepare import alignment, chunk_slots, power_of_two, prepare, wider
 
@@ -82,7 +93,7 @@ def _walk(
     row = tl.arange(0, BT)
     key = tl.arange(0, BK)
     column = tl.arange(0, BV)
-    for chunk in tl.range(first, last, num_stages=STAGES):
+    for chunk in tl.range(first, last, num_stages=STAGES, disable_licm=CAREFUL):
         token = chunk * ROWS
         live = row < tl.minimum(length - token, ROWS)
         k_tile = load_tile(k, token, length, k_t, K, BT, BK, TMA)
@@ -92,20 +103,28 @@ def _walk(
         rate = tl.load(factors + token + row + 3 * factor_step, mask=live, other=0.0)
         whole = tl.load(decay + tl.cast(chunk, tl.int64) * HV)
         if CHECKPOINT:
-            due = tl.where(chunk % CHECKPOINT == 0, K, 0)
-            at = tl.cast(chunk // CHECKPOINT, tl.int64) * HV * (K * V) + key[:, None] * V + column[None, :]
-            tl.store(states + at, S, mask=(key < due)[:, None] & (column < columns)[None, :])
+            if chunk % CHECKPOINT == 0:
+                at = tl.cast(chunk // CHECKPOINT, tl.int64) * HV * (K * V)
+                _store_state(states + at, S, V, K, columns, BK, BV)
 
         low = cast(S, DTYPE)
         v_tile = load_tile(v, token, length, v_t, columns, BT, BV, TMA)
         R = (tl.where(values, v_tile, 0.0) - a[:, None] * dot(k_tile, low, None, PRECISION)) * rate[:, None]
         if CAREFUL:
+<<<<<<< HEAD
             bad = not_finite(cast(R, DTYPE).to(S.dtype))
             R = tl.where(bad, 0.0, R)
             X = dot(M_tile, cast(R, DTYPE), R, PRECISION)
             bad = bad | not_finite(cast(X, DTYPE).to(S.dtype))
             bad = tl.cumsum((bad & live[:, None]).to(tl.int32), 0) > 0
             X = tl.where(bad, float("nan"), X)
+=======
+            R = cast(R, DTYPE)
+            X = dot(M_tile, tl.where(not_finite(R), 0.0, R), None, PRECISION)
+            X += R.to(S.dtype) - R.to(S.dtype)  # NaN where R is not finite
+            bad = not_finite(cast(X, DTYPE)) & live[:, None]
+            X = tl.where(spread(bad, DTYPE, True, PRECISION), float("nan"), X)
+>>>>>>> rows
         else:
             X = dot(M_tile, cast(R, DTYPE), R, PRECISION)
         if OUTPUT:
@@ -114,6 +133,7 @@ def _walk(
             P_tile = load_tile(P, chunk * HV * BT, last * HV * BT, BT, BT, BT, BT, TMA)
             O = dot(q_tile, low, None, PRECISION) * b[:, None]
             if CAREFUL:
+                bad = not_finite(X)
                 O = dot(P_tile, cast(tl.where(bad, 0.0, X), DTYPE), O, PRECISION)
                 O = tl.where(bad, float("nan"), O)
             else:
@@ -230,7 +250,7 @@ def forward_kernel(
     if CHECKPOINT:
         states += (first_of(cu_seqlens, n, start, T, ROWS * CHECKPOINT) * HV + head) * (K * V) + block * BV
     if entry is not None:
-        entry += (slot if SPLIT else n) * entry_n + head * entry_h + block * BV
+        entry += (slot.to(tl.int64) if SPLIT else n) * entry_n + head * entry_h + block * BV
 
     S = _entering(entry, entry_k, K, columns, BK, BV, factors.dtype.element_ty)
     S = _walk(
@@ -270,8 +290,10 @@ def forward_kernel(
     )
     if last == chunks:
         _store_state(final + (n * HV + head) * (K * V) + block * BV, S, V, K, columns, BK, BV)
-    if tl.sum(tl.sum(not_finite(S).to(tl.int32), 1), 0) > 0:
-        S = _entering(entry, entry_k, K, columns, BK, BV, factors.dtype.element_ty)
+    found = tl.sum(tl.sum(not_finite(S).to(tl.int32), 1), 0)
+    if found != 0:
+        # Adding 0 in a way that the compiler does not see: it would keep the first walk's addresses in registers.
+        S = _entering(entry, entry_k + tl.minimum(found, 0), K, columns, BK, BV, factors.dtype.element_ty)
         _walk(
             S,
             q_source,
@@ -464,7 +486,7 @@ def chain_kernel(
         _store_state(entry, S, V, K, columns, BK, BV)
 
 
-@triton.jit(do_not_specialize=["scale", "slots"])
+@triton.jit(do_not_specialize=["scale", "slots", "q_b", "k_b", "v_b", "beta_b", "g_b"])
 def step_kernel(
     q,  # [B, H, K]
     k,  # [B, H, K]

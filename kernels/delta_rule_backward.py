@@ -31,18 +31,14 @@ import triton.language as tl
 from ._config import CHECKPOINT, delta_rule_backward_config, delta_rule_gradients_config
 from ._launch import allow_descriptors, arch, on_device, precision
 from ._operators import operator
-from ._tiles import cast, dot, first_of, load_tile, not_finite, segment_of_slot, store_tile, tile_source, zero_rows
+from ._tiles import cast, dot, first_of, load_tile, not_finite, segment_of_slot, spread, store_tile, tile_source, zero_rows
 from .delta_rule_prepare import alignment, chunk_slots, power_of_two, prepare, wider
 
 
 @triton.jit
 def _with_nan(x, source, LATER: tl.constexpr, PRECISION: tl.constexpr):
     """x with NaN, column by column, in the rows where `source` is not finite and in all rows behind or before them."""
-    row = tl.arange(0, x.shape[0])
-    reach = row[:, None] >= row[None, :] if LATER else row[:, None] <= row[None, :]
-    bad = tl.where(not_finite(source), 1.0, 0.0).to(source.dtype)
-    count = dot(tl.where(reach, 1.0, 0.0).to(source.dtype), bad, None, PRECISION)
-    return tl.where(count > 0, float("nan"), x)
+    return tl.where(spread(not_finite(source), source.dtype, LATER, PRECISION), float("nan"), x)
 
 
 @triton.jit

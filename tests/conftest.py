@@ -2,6 +2,7 @@
 """What every test runs under: poisoned allocations, fixed seeds, and the backends this machine has."""
 
 import contextlib
+import importlib.util
 import os
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 # Without a GPU the Triton kernels run in Triton's interpreter, which has to be said before Triton's first import.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
+import faster_interpreter
 import simt
 
 import fla_ops
@@ -23,6 +25,9 @@ except ImportError as error:
         "fla_ops.kernels does not import: fla_ops is not installed in this environment. Run "
         f"`pip install --no-build-isolation -e .` first ({error})"
     ) from error
+
+if os.environ["TRITON_INTERPRET"] == "1" and importlib.util.find_spec("triton"):
+    faster_interpreter.install()
 
 BACKENDS = [
     name

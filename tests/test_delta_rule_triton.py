@@ -103,10 +103,11 @@ def test_segments_are_cut_on_an_empty_card_only():
 
 @pytest.mark.parametrize("rows", [63, 60, 15])
 @pytest.mark.parametrize("lengths", [None, [64, 0, 66]], ids=["one", "packed"])
-def test_live_rows(rows, lengths):
+def test_live_rows(rows, lengths, monkeypatch):
     """Straight to the launchers: no public function asks for it yet."""
-    from fla_ops.kernels import delta_rule
+    from fla_ops.kernels import _config, delta_rule
 
+    monkeypatch.setattr(_config, "INTERPRET", DEVICE == "cpu")  # tiles of 64 rows
     inputs = random_inputs(
         T=130, H=1, HV=2, K=20, V=24, dtype=torch.float32, state=torch.float32,
         sequences=None if lengths is None else len(lengths),

@@ -146,3 +146,4 @@ def test_loops_with_loads_and_products_are_found():
     assert not found(load + loop + dot + end)
     assert not found(loop + load + end + loop + dot + end)
     assert not found(loop + dot + "  %t = tt.load %p, %m : tensor<64x!tt.ptr<f32>>\n" + end)
+    assert not found(loop + load + dot.replace("bf16", "f32") + end)
