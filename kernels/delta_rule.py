@@ -111,20 +111,11 @@ def _walk(
         v_tile = load_tile(v, token, length, v_t, columns, BT, BV, TMA)
         R = (tl.where(values, v_tile, 0.0) - a[:, None] * dot(k_tile, low, None, PRECISION)) * rate[:, None]
         if CAREFUL:
-<<<<<<< HEAD
-            bad = not_finite(cast(R, DTYPE).to(S.dtype))
-            R = tl.where(bad, 0.0, R)
-            X = dot(M_tile, cast(R, DTYPE), R, PRECISION)
-            bad = bad | not_finite(cast(X, DTYPE).to(S.dtype))
-            bad = tl.cumsum((bad & live[:, None]).to(tl.int32), 0) > 0
-            X = tl.where(bad, float("nan"), X)
-=======
-            R = cast(R, DTYPE)
-            X = dot(M_tile, tl.where(not_finite(R), 0.0, R), None, PRECISION)
-            X += R.to(S.dtype) - R.to(S.dtype)  # NaN where R is not finite
+            lost = not_finite(cast(R, DTYPE))
+            R = tl.where(lost, 0.0, R)
+            X = tl.where(lost, float("nan"), dot(M_tile, cast(R, DTYPE), R, PRECISION))
             bad = not_finite(cast(X, DTYPE)) & live[:, None]
             X = tl.where(spread(bad, DTYPE, True, PRECISION), float("nan"), X)
->>>>>>> rows
         else:
             X = dot(M_tile, cast(R, DTYPE), R, PRECISION)
         if OUTPUT:

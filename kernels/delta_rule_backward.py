@@ -31,7 +31,18 @@ import triton.language as tl
 from ._config import CHECKPOINT, delta_rule_backward_config, delta_rule_gradients_config
 from ._launch import allow_descriptors, arch, on_device, precision
 from ._operators import operator
-from ._tiles import cast, dot, first_of, load_tile, not_finite, segment_of_slot, spread, store_tile, tile_source, zero_rows
+from ._tiles import (
+    cast,
+    dot,
+    first_of,
+    load_tile,
+    not_finite,
+    segment_of_slot,
+    spread,
+    store_tile,
+    tile_source,
+    zero_rows,
+)
 from .delta_rule_prepare import alignment, chunk_slots, power_of_two, prepare, wider
 
 
