@@ -11,7 +11,8 @@ PYTHON ?= $(VENV)/bin/python
 export PYTHONSAFEPATH = 1
 INSTALL_NATIVE = $(PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
 
-.PHONY: install demo lint test test-tritons test-gpu report bench clean
+.PHONY: install demo lint test test-cpu test-kernels test-tritons test-gpu report bench clean
+.PRECIOUS: $(VENV)/triton-%
 
 # The stamp is newer than what decides the environment's content; sources of the native library are checked by `build`.
 $(VENV)/.installed: requirements-dev.txt pyproject.toml setup.py
@@ -36,13 +37,24 @@ lint: install
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
-test: install test-tritons
+# Two processes: the CPU's tests, and beside them the GPU kernels' in Triton's interpreter and behind the shim.
+test: install
 	$(INSTALL_NATIVE)
-	$(PYTHON) -m pytest
+	$(MAKE) -j2 --output-sync=target test-cpu test-kernels
+	$(MAKE) -j2 --output-sync=target test-tritons
 
-# The Triton kernels again, in the interpreter of the other versions.
-test-tritons: $(OTHER_TRITONS:%=$(VENV)/triton-%)
-	set -e; for folder in $^; do PYTHONPATH=$$folder $(PYTHON) -m pytest -q -k triton; done
+test-cpu:
+	$(PYTHON) -m pytest -k "not triton and not simt"
+
+test-kernels:
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -k "triton or simt"
+
+# The Triton kernels in the interpreter of the other versions; TRITON_TESTS=tests takes every test that runs them.
+TRITON_TESTS ?= tests/test_delta_rule_triton.py tests/test_causal_conv1d_triton.py tests/test_delta_rule_sequences.py
+test-tritons: $(OTHER_TRITONS:%=test-triton-%)
+
+test-triton-%: $(VENV)/triton-%
+	PYTHONPATH=$(VENV)/triton-$* OMP_NUM_THREADS=1 $(PYTHON) -m pytest -k triton $(TRITON_TESTS)
 
 $(VENV)/triton-%: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install -q --no-deps --upgrade --target $@ triton==$*

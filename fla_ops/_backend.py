@@ -31,7 +31,8 @@ class Backend:
     name: str  # one of NAMES
     module: str  # offers why_not, forward, backward, step; the reference offers the op itself
     devices: tuple[str, ...] = ()  # device types it takes; empty: all
-    on_request: tuple[str, ...] = ()  # device types it takes only when it is named, never for "auto"
+    on_request: tuple[str, ...] = ()  # device types it takes only when it is named, never for "auto",
+    switch: str = ""  # and while this environment variable is 1
 
 
 class _Chosen(threading.local):
@@ -81,11 +82,12 @@ def why_not(op: str, name: str, device: str, dtype: torch.dtype, sizes: tuple[in
         return f"{name} takes {' and '.join(row.devices)} tensors, not {device} tensors"
     if name == "reference":
         return None
+    if device in row.on_request and os.environ.get(row.switch) != "1":
+        hint = f"{row.switch}=1, set before the first call, makes an exception"
+        return f"{name} takes {' and '.join(row.devices)} tensors, not {device} tensors ({hint})"
     try:
         module = importlib.import_module(row.module)
     except ModuleNotFoundError as error:
-        if error.name == row.module:
-            return f"this version of fla_ops has no {name} kernel for {op}"
         if error.name != "triton":
             raise
         return "triton is not installed (`pip install triton`)"

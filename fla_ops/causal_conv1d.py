@@ -10,7 +10,7 @@ from ._autograd import first_order_only
 from ._backend import Backend, resolve
 
 _BACKENDS = (
-    Backend("triton", "fla_ops.kernels.causal_conv1d", devices=("cuda",), on_request=("cpu",)),
+    Backend("triton", "fla_ops.kernels.causal_conv1d", ("cuda",), on_request=("cpu",), switch="TRITON_INTERPRET"),
     Backend("native", "fla_ops._native.causal_conv1d", devices=("cpu", "cuda")),
     Backend("reference", "fla_ops.reference.causal_conv1d"),
 )

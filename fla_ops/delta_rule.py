@@ -10,7 +10,7 @@ from ._autograd import first_order_only
 from ._backend import Backend, resolve
 
 _BACKENDS = (
-    Backend("triton", "fla_ops.kernels.delta_rule", devices=("cuda",), on_request=("cpu",)),
+    Backend("triton", "fla_ops.kernels.delta_rule", ("cuda",), on_request=("cpu",), switch="TRITON_INTERPRET"),
     Backend("native", "fla_ops._native.delta_rule", devices=("cpu", "cuda")),
     Backend("reference", "fla_ops.reference.delta_rule"),
 )

@@ -37,8 +37,8 @@ def why_not(device: str) -> str | None:
         return "TRITON_INTERPRET=1 is set, which runs kernels on the CPU" if INTERPRET else None
     if device == "cpu" and INTERPRET:
         return None
-    hint = " (TRITON_INTERPRET=1, set before the first call, runs the kernels in Triton's interpreter)"
-    return f"triton takes cuda tensors, not {device} tensors{hint if device == 'cpu' else ''}"
+    late = "; TRITON_INTERPRET=1 was set after Triton's first import" if device == "cpu" else ""
+    return f"triton takes cuda tensors, not {device} tensors{late}"
 
 
 def arch() -> str:

@@ -91,7 +91,6 @@ def _walk(
     writes NaN from the first of them on.
     """
     row = tl.arange(0, BT)
-    key = tl.arange(0, BK)
     column = tl.arange(0, BV)
     for chunk in tl.range(first, last, num_stages=STAGES, disable_licm=CAREFUL):
         token = chunk * ROWS

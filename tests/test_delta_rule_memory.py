@@ -224,7 +224,10 @@ def test_boundaries_that_could_not_be_checked_touch_nothing_outside(backend, mon
 
 
 def test_boundaries_that_run_backwards_are_made_monotone(backend, monkeypatch):
-    """Each becomes the largest so far: sequences never overlap."""
+    """Each becomes the largest so far: sequences never overlap. (Triton's kernels clamp each bound by itself: in place
+    of a running maximum of bounds that are wrong anyway, theirs overlap, and stay inside of the tensors.)"""
+    if backend == "triton":
+        pytest.skip("no promise of the Triton kernels")
     monkeypatch.setattr(fla_ops._checks, "_can_read", lambda x: False)
     x = random_inputs(T=70, K=20, V=12, sequences=4, state=torch.float32)
     do, ds = random_cotangents(x, 4)

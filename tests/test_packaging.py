@@ -49,7 +49,7 @@ print(json.dumps({
 
 
 def run(*command, cwd, **environment):
-    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CXX", "FLA_OPS_BACKEND")}
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CXX", "FLA_OPS_BACKEND", "TRITON_INTERPRET")}
     env |= {"PYTHONSAFEPATH": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"} | environment
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=cwd, env=env, check=False)
     assert done.returncode == 0, f"{command}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
