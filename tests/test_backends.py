@@ -64,7 +64,8 @@ def test_auto_takes_the_best(fresh, native):
 
 
 @pytest.mark.parametrize("op", _backend.OPS)
-def test_triton_says_why_not(op):
+def test_triton_says_why_not(op, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(RuntimeError, match=rf"^{op}: backend 'triton' cannot run here: .+\.$"):
         _backend.resolve(op, "triton", "cpu", FLOAT)
 
@@ -179,7 +180,8 @@ def test_no_warning_when_the_reference_was_asked_for(broken):
 # The report.
 
 
-def test_backends_reports_every_op_and_reason(native):
+def test_backends_reports_every_op_and_reason(native, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
     report = fla_ops.backends()
     assert report.keys() == set(_backend.OPS)
     assert json.loads(json.dumps(report)) == report

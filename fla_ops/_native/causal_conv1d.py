@@ -3,7 +3,7 @@
 
 import torch
 
-from .. import _native
+from fla_ops import _native
 
 _OPS = ("causal_conv1d_forward", "causal_conv1d_backward", "causal_conv1d_step")
 _load_error = _native.load(*_OPS)

@@ -3,7 +3,7 @@
 
 import torch
 
-from .. import _native
+from fla_ops import _native
 
 _OPS = ("delta_rule_forward", "delta_rule_backward", "delta_rule_step")
 _load_error = _native.load(*_OPS)
