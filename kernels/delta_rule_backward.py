@@ -633,22 +633,26 @@ def key_gradients_kernel(
         over = tl.zeros((BT, BT), compute)  # X dR^T
         under = tl.zeros((BT, BT), compute)  # its transpose
         dots = tl.zeros((BT,), compute)
+        # Two loops: one would keep all accumulators in registers at a time, which at K = 256 are too many.
         for first in tl.range(0, V, BV, num_stages=STAGES):
             columns = V - first
             dR_tile = _rows_of(dR + at * (BT * V) + first, V, BT, columns, BT, BV)
-            X_tile = _rows_of(X + at * (BT * V) + first, V, BT, columns, BT, BV)
             S_tile = _rows_of(S0 + at * (K * V) + first, V, K, columns, BK, BV)
             state = dot(dR_tile, tl.trans(S_tile), state, PRECISION)
-            over = dot(X_tile, tl.trans(dR_tile), over, PRECISION)
-            under = dot(dR_tile, tl.trans(X_tile), under, PRECISION)
-            if dbeta is not None:
-                v_tile = _rows_of(v_at + first, v_t, live, columns, BT, BV)
-                dots += tl.sum(dR_tile.to(compute) * v_tile, 1)
         state = state * tl.load(factors + line, mask=alive, other=0.0)[:, None]
         k_tile = _rows_of(k, k_t, live, K, BT, BK)
         from_start = tl.sum(state * k_tile, 1)
         if dk is not None:
             grad -= state * rate[:, None]
+        for first in tl.range(0, V, BV, num_stages=STAGES):
+            columns = V - first
+            dR_tile = _rows_of(dR + at * (BT * V) + first, V, BT, columns, BT, BV)
+            X_tile = _rows_of(X + at * (BT * V) + first, V, BT, columns, BT, BV)
+            over = dot(X_tile, tl.trans(dR_tile), over, PRECISION)
+            under = dot(dR_tile, tl.trans(X_tile), under, PRECISION)
+            if dbeta is not None:
+                v_tile = _rows_of(v_at + first, v_t, live, columns, BT, BV)
+                dots += tl.sum(dR_tile.to(compute) * v_tile, 1)
         if gamma is not None:
             between = tl.load(gamma + at * (BT * BT) + row[:, None] * BT + row[None, :]).to(compute)
             under = under * between
