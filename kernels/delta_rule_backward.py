@@ -400,6 +400,15 @@ def _rows_of(x, stride, rows, columns, BT: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
+def _rolled(V: tl.constexpr, BV: tl.constexpr):
+    """V, the end of a loop in steps of BV. From five steps on the compiler is not to know it: it would write them out.
+
+    All at once they spill (sm_80, K = V = 256: 17 KB a thread). The grid's third extent is 1.
+    """
+    return V if V <= 4 * BV else V * tl.num_programs(2)
+
+
+@triton.jit
 def _through_norm(dx, x):
     """The gradient of rows x from r times that of r x, where r is one over the norm of a row."""
     x = x.to(dx.dtype)
@@ -457,6 +466,7 @@ def query_gradients_kernel(
     if live <= 0:
         return
     row = tl.arange(0, BT)
+    last = _rolled(V, BV)
     q += tl.multiple_of(batch * q_b, ALIGN) + token * q_t + head * q_h
     k += tl.multiple_of(batch * k_b, ALIGN) + token * k_t + head * k_h
     grad = tl.zeros((BT, BK), compute)
@@ -466,7 +476,7 @@ def query_gradients_kernel(
         do_at = do + tl.multiple_of(batch * do_b, ALIGN) + token * do_t + hv * do_h
         state = tl.zeros((BT, BK), compute)
         scores = tl.zeros((BT, BT), compute)
-        for first in tl.range(0, V, BV, num_stages=STAGES):
+        for first in tl.range(0, last, BV, num_stages=STAGES):
             columns = V - first
             do_tile = _rows_of(do_at + first, do_t, live, columns, BT, BV)
             S_tile = _rows_of(S0 + at * (K * V) + first, V, K, columns, BK, BV)
@@ -572,6 +582,7 @@ def key_gradients_kernel(
     if live <= 0:
         return
     row = tl.arange(0, BT)
+    last = _rolled(V, BV)
     alive = row < live
     upper = row[:, None] < row[None, :]
     lower = row[:, None] > row[None, :]
@@ -587,7 +598,7 @@ def key_gradients_kernel(
         do_at = do + tl.multiple_of(batch * do_b, ALIGN) + token * do_t + hv * do_h
         state = tl.zeros((BT, BK), compute)
         scores = tl.zeros((BT, BT), compute)
-        for first in tl.range(0, V, BV, num_stages=STAGES):
+        for first in tl.range(0, last, BV, num_stages=STAGES):
             columns = V - first
             X_tile = _rows_of(X + at * (BT * V) + first, V, BT, columns, BT, BV)
             do_tile = _rows_of(do_at + first, do_t, live, columns, BT, BV)
@@ -634,7 +645,7 @@ def key_gradients_kernel(
         under = tl.zeros((BT, BT), compute)  # its transpose
         dots = tl.zeros((BT,), compute)
         # Two loops: one would keep all accumulators in registers at a time, which at K = 256 are too many.
-        for first in tl.range(0, V, BV, num_stages=STAGES):
+        for first in tl.range(0, last, BV, num_stages=STAGES):
             columns = V - first
             dR_tile = _rows_of(dR + at * (BT * V) + first, V, BT, columns, BT, BV)
             S_tile = _rows_of(S0 + at * (K * V) + first, V, K, columns, BK, BV)
@@ -644,7 +655,7 @@ def key_gradients_kernel(
         from_start = tl.sum(state * k_tile, 1)
         if dk is not None:
             grad -= state * rate[:, None]
-        for first in tl.range(0, V, BV, num_stages=STAGES):
+        for first in tl.range(0, last, BV, num_stages=STAGES):
             columns = V - first
             dR_tile = _rows_of(dR + at * (BT * V) + first, V, BT, columns, BT, BV)
             X_tile = _rows_of(X + at * (BT * V) + first, V, BT, columns, BT, BV)
