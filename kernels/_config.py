@@ -23,6 +23,15 @@ def _has_tma(arch: str) -> bool:
     return arch.startswith("sm_") and int(arch[3:]) >= 90
 
 
+def _roomy(arch: str) -> bool:
+    """Whether programs have 227 KB of shared memory, and products that read operands from there."""
+    return arch.startswith(("sm_90", "sm_100", "sm_103"))
+
+
+def _warps(threads: int, arch: str) -> int:
+    return max(1, threads // (64 if arch.startswith("gfx") else 32))
+
+
 def delta_rule_prepare_config(K: int, BT: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
     """One program a chunk and value head; BK channels of q and k at a time."""
     BK = min(64 if dtype.itemsize == 2 else 32, _power_of_two(K))
@@ -34,19 +43,21 @@ def delta_rule_forward_config(K: int, V: int, dtype: torch.dtype, arch: str) -> 
     if INTERPRET:
         return LaunchConfig(BT=64, BV=_power_of_two(V))
     if dtype.itemsize == 2:
-        BV = min(_power_of_two(V), 32 if K > 128 else 64)
-        return LaunchConfig(BT=64, BV=BV, num_warps=4, num_stages=2, tma=_has_tma(arch))
-    # Products without tensor cores take their operands through registers: small tiles.
-    BT = 32 if K <= 128 else 16
-    return LaunchConfig(BT=BT, BV=16, num_warps=8 if dtype == torch.float32 else 4, num_stages=1)
+        # Hopper takes operands from shared memory; elsewhere they share the registers with the state: half the columns.
+        BV = (64 if K <= 128 else 32) // (1 if _roomy(arch) else 2)
+        stages = 1 if arch.startswith("gfx") else 2  # AMD: 64 KB of shared memory
+        return LaunchConfig(BT=64, BV=min(_power_of_two(V), BV), num_warps=4, num_stages=stages, tma=_has_tma(arch))
+    # Products without tensor cores take their operands through registers: with 32 rows they spill by the thousand.
+    return LaunchConfig(BT=16, BV=16, num_warps=_warps(256 if K <= 128 else 512, arch), num_stages=1)
 
 
 def delta_rule_backward_config(K: int, V: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
     """The backward's walks, over the forward's chunks and blocks. Two stages of five tiles need 100 KB and more."""
     config = delta_rule_forward_config(K, V, dtype, arch)
     if dtype.itemsize == 2:
-        roomy = arch.startswith(("sm_90", "sm_100", "sm_103"))
-        return replace(config, num_warps=8 if 64 < K <= 128 else 4, num_stages=2 if roomy else 1)
+        if _roomy(arch):
+            return replace(config, num_warps=8 if 64 < K <= 128 else 4)
+        return replace(config, num_warps=_warps(256, arch), num_stages=1)
     return config
 
 
@@ -57,18 +68,15 @@ def delta_rule_gradients_config(K: int, V: int, dtype: torch.dtype, arch: str) -
     BT = delta_rule_forward_config(K, V, dtype, arch).BT
     if dtype.itemsize == 2:
         wide = 64 < K <= 128
-        BV = min(_power_of_two(V), 64 if wide else 32)
-        return LaunchConfig(BT=BT, BV=BV, num_warps=8, num_stages=2 if wide else 1)
-    return LaunchConfig(BT=BT, BV=16, num_warps=4, num_stages=1)
+        BV = min(_power_of_two(V), 64 if wide and _roomy(arch) else 32)
+        stages = 1 if arch.startswith("gfx") else 2
+        return LaunchConfig(BT=BT, BV=BV, num_warps=_warps(256, arch), num_stages=stages)
+    return LaunchConfig(BT=BT, BV=16, num_warps=_warps(128 if K <= 128 else 256, arch), num_stages=1)
 
 
 def delta_rule_step_config(K: int, V: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
     """One program a row, value head and BV value columns."""
     return LaunchConfig(BT=1, BV=min(_power_of_two(V), max(16, 4096 // _power_of_two(K))), num_warps=4, num_stages=1)
-
-
-def _warps(threads: int, arch: str) -> int:
-    return max(1, threads // (64 if arch.startswith("gfx") else 32))
 
 
 def causal_conv1d(

@@ -280,10 +280,8 @@ def forward_kernel(
     )
     if last == chunks:
         _store_state(final + (n * HV + head) * (K * V) + block * BV, S, V, K, columns, BK, BV)
-    found = tl.sum(tl.sum(not_finite(S).to(tl.int32), 1), 0)
-    if found != 0:
-        # Adding 0 in a way that the compiler does not see: it would keep the first walk's addresses in registers.
-        S = _entering(entry, entry_k + tl.minimum(found, 0), K, columns, BK, BV, factors.dtype.element_ty)
+    if tl.sum(tl.sum(not_finite(S).to(tl.int32), 1), 0) > 0:
+        S = _entering(entry, entry_k, K, columns, BK, BV, factors.dtype.element_ty)
         _walk(
             S,
             q_source,

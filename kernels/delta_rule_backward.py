@@ -413,6 +413,15 @@ def _rows_of(x, stride, rows, columns, BT: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
+def _rolled(V: tl.constexpr, BV: tl.constexpr):
+    """V, the end of a loop in steps of BV. From five steps on the compiler is not to know it: it would write them out.
+
+    All at once they spill (sm_80, K = V = 256: 17 KB a thread). The grid's third extent is 1.
+    """
+    return V if V <= 4 * BV else V * tl.num_programs(2)
+
+
+@triton.jit
 def _through_norm(dx, x):
     """The gradient of rows x from r times that of r x, where r is one over the norm of a row."""
     x = x.to(dx.dtype)
@@ -470,6 +479,7 @@ def query_gradients_kernel(
     if live <= 0:
         return
     row = tl.arange(0, BT)
+    last = _rolled(V, BV)
     q += tl.multiple_of(batch * q_b, ALIGN) + token * q_t + head * q_h
     k += tl.multiple_of(batch * k_b, ALIGN) + token * k_t + head * k_h
     grad = tl.zeros((BT, BK), compute)
@@ -479,7 +489,7 @@ def query_gradients_kernel(
         do_at = do + tl.multiple_of(batch * do_b, ALIGN) + token * do_t + hv * do_h
         state = tl.zeros((BT, BK), compute)
         scores = tl.zeros((BT, BT), compute)
-        for first in tl.range(0, V, BV, num_stages=STAGES):
+        for first in tl.range(0, last, BV, num_stages=STAGES):
             columns = V - first
             do_tile = _rows_of(do_at + first, do_t, live, columns, BT, BV)
             S_tile = _rows_of(S0 + at * (K * V) + first, V, K, columns, BK, BV)
@@ -585,6 +595,7 @@ def key_gradients_kernel(
     if live <= 0:
         return
     row = tl.arange(0, BT)
+    last = _rolled(V, BV)
     alive = row < live
     upper = row[:, None] < row[None, :]
     lower = row[:, None] > row[None, :]
@@ -600,7 +611,7 @@ def key_gradients_kernel(
         do_at = do + tl.multiple_of(batch * do_b, ALIGN) + token * do_t + hv * do_h
         state = tl.zeros((BT, BK), compute)
         scores = tl.zeros((BT, BT), compute)
-        for first in tl.range(0, V, BV, num_stages=STAGES):
+        for first in tl.range(0, last, BV, num_stages=STAGES):
             columns = V - first
             X_tile = _rows_of(X + at * (BT * V) + first, V, BT, columns, BT, BV)
             do_tile = _rows_of(do_at + first, do_t, live, columns, BT, BV)
@@ -646,22 +657,26 @@ def key_gradients_kernel(
         over = tl.zeros((BT, BT), compute)  # X dR^T
         under = tl.zeros((BT, BT), compute)  # its transpose
         dots = tl.zeros((BT,), compute)
-        for first in tl.range(0, V, BV, num_stages=STAGES):
+        # Two loops: one would keep all accumulators in registers at a time, which at K = 256 are too many.
+        for first in tl.range(0, last, BV, num_stages=STAGES):
             columns = V - first
             dR_tile = _rows_of(dR + at * (BT * V) + first, V, BT, columns, BT, BV)
-            X_tile = _rows_of(X + at * (BT * V) + first, V, BT, columns, BT, BV)
             S_tile = _rows_of(S0 + at * (K * V) + first, V, K, columns, BK, BV)
             state = dot(dR_tile, tl.trans(S_tile), state, PRECISION)
-            over = dot(X_tile, tl.trans(dR_tile), over, PRECISION)
-            under = dot(dR_tile, tl.trans(X_tile), under, PRECISION)
-            if dbeta is not None:
-                v_tile = _rows_of(v_at + first, v_t, live, columns, BT, BV)
-                dots += tl.sum(dR_tile.to(compute) * v_tile, 1)
         state = state * tl.load(factors + line, mask=alive, other=0.0)[:, None]
         k_tile = _rows_of(k, k_t, live, K, BT, BK)
         from_start = tl.sum(state * k_tile, 1)
         if dk is not None:
             grad -= state * rate[:, None]
+        for first in tl.range(0, last, BV, num_stages=STAGES):
+            columns = V - first
+            dR_tile = _rows_of(dR + at * (BT * V) + first, V, BT, columns, BT, BV)
+            X_tile = _rows_of(X + at * (BT * V) + first, V, BT, columns, BT, BV)
+            over = dot(X_tile, tl.trans(dR_tile), over, PRECISION)
+            under = dot(dR_tile, tl.trans(X_tile), under, PRECISION)
+            if dbeta is not None:
+                v_tile = _rows_of(v_at + first, v_t, live, columns, BT, BV)
+                dots += tl.sum(dR_tile.to(compute) * v_tile, 1)
         if gamma is not None:
             between = tl.load(gamma + at * (BT * BT) + row[:, None] * BT + row[None, :]).to(compute)
             under = under * between
