@@ -271,8 +271,16 @@ def _walk_back(
         dr = dr * rate[:, None]
         if dv is not None:
             store_tile(dv, cast(dr, DTYPE), token, end - token, HV * V, columns, BT, BV, TMA)
+        if tl.float16 == DTYPE:
+            # Its smallest number is 6e-8: the largest factor stays outside of the products.
+            largest = tl.maximum(tl.max(tl.maximum(tl.abs(a), tl.abs(b)), 0), 1.2e-38)
+            a = a / largest
+            b = b / largest
+            total = total / largest
         ds = dot(tl.trans(q_tile), cast(do_tile * b[:, None], DTYPE), ds * total, PRECISION)
         ds = dot(tl.trans(k_tile), cast(dr * -a[:, None], DTYPE), ds, PRECISION)
+        if tl.float16 == DTYPE:
+            ds = ds * largest
     return ds
 
 
