@@ -239,11 +239,12 @@ def test_boundaries_that_run_backwards_are_made_monotone(backend, monkeypatch):
 
 def test_rows_outside_of_every_sequence_may_hold_anything(backend, monkeypatch):
     """The tail of a buffer that is longer than its sequences: its NaN are read by nobody, its gradients are 0."""
+    if backend == "reference":
+        pytest.skip("it differentiates through all rows, and 0 times NaN is NaN")
     monkeypatch.setattr(fla_ops._checks, "_can_read", lambda x: False)
     x = random_inputs(T=70, K=20, V=12, sequences=2, state=torch.float32)
     do, ds = random_cotangents(x, 2)
-    l2norm = backend != "reference"  # which normalises all rows, and differentiates through that
-    options = {"cu_seqlens": torch.tensor([5, 40, 60]), "qk_l2norm": l2norm}
+    options = {"cu_seqlens": torch.tensor([5, 40, 60]), "qk_l2norm": True}
     right = results(op_of(backend), x, do, ds, **options)
     for t in (do, *(x[name] for name in TOKENS)):
         t[:, :5] = t[:, 60:] = torch.nan
