@@ -280,7 +280,7 @@ def forward_kernel(
     )
     if last == chunks:
         _store_state(final + (n * HV + head) * (K * V) + block * BV, S, V, K, columns, BK, BV)
-    if tl.sum(tl.sum(not_finite(S).to(tl.int32), 1), 0) > 0:
+    if tl.sum(not_finite(S).to(tl.int32)) > 0:
         S = _entering(entry, entry_k, K, columns, BK, BV, factors.dtype.element_ty)
         _walk(
             S,

@@ -185,7 +185,7 @@ def replay_kernel(
         S, k_source, v_source, M_source, beta, factors, decay, S0_target, X_target, first, last, length, k_t, v_t,
         beta_t, factor_step, HV, columns, K, V, ROWS, BT, BK, BV, k.dtype.element_ty, False, STAGES, TMA, PRECISION,
     )  # fmt: skip
-    if tl.sum(tl.sum(not_finite(S).to(tl.int32), 1), 0) > 0:
+    if tl.sum(not_finite(S).to(tl.int32)) > 0:
         S = load_tile(states, 0, K, V, columns, BK, BV, False)
         _replay(
             S, k_source, v_source, M_source, beta, factors, decay, S0_target, X_target, first, last, length, k_t, v_t,
@@ -378,7 +378,7 @@ def reverse_kernel(
         q_t, k_t, do_t, beta_t, factor_step, HV, columns, K, V, ROWS, BT, BK, BV, k.dtype.element_ty, False, STAGES,
         TMA, PRECISION,
     )  # fmt: skip
-    if tl.sum(tl.sum(not_finite(ds).to(tl.int32), 1), 0) > 0:
+    if tl.sum(not_finite(ds).to(tl.int32)) > 0:
         ds = _zero_or(dfinal_state, n, head, HV, block, columns, K, V, BK, BV, factors.dtype.element_ty)
         ds = _walk_back(
             ds, q_source, k_source, do_source, M_source, P_source, beta, factors, decay, dv, dR, dS, 0, chunks, length,
