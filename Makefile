@@ -46,11 +46,13 @@ test: install
 test-cpu:
 	$(PYTHON) -m pytest -k "not triton and not simt"
 
+# Layers and adapters call the same launchers, slowly here: KERNEL_TESTS="triton or simt" takes their tests too.
+KERNEL_TESTS ?= (triton or simt) and not test_layers and not test_compat
 test-kernels:
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -k "triton or simt"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -k "$(KERNEL_TESTS)"
 
 # The Triton kernels in the interpreter of the other versions; TRITON_TESTS=tests takes every test that runs them.
-TRITON_TESTS ?= tests/test_delta_rule_triton.py tests/test_causal_conv1d_triton.py tests/test_delta_rule_sequences.py
+TRITON_TESTS ?= tests/test_delta_rule_triton.py tests/test_causal_conv1d_triton.py
 test-tritons: $(OTHER_TRITONS:%=test-triton-%)
 
 test-triton-%: $(VENV)/triton-%

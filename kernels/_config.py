@@ -41,7 +41,7 @@ def delta_rule_prepare_config(K: int, BT: int, dtype: torch.dtype, arch: str) ->
 def delta_rule_forward_config(K: int, V: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
     """One program a sequence, value head and BV value columns; the state [K, BV] lives in registers."""
     if INTERPRET:
-        return LaunchConfig(BT=64 if dtype != torch.float32 else 16, BV=_power_of_two(V))
+        return LaunchConfig(BT=64 if dtype != torch.float32 else 32, BV=_power_of_two(V))
     if dtype.itemsize == 2:
         # Hopper takes operands from shared memory; elsewhere they share the registers with the state: half the columns.
         BV = (64 if K <= 128 else 32) // (1 if _roomy(arch) else 2)
@@ -64,7 +64,7 @@ def delta_rule_backward_config(K: int, V: int, dtype: torch.dtype, arch: str) ->
 def delta_rule_gradients_config(K: int, V: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
     """One program a chunk and query head; BV value columns of states and values at a time."""
     if INTERPRET:
-        return LaunchConfig(BT=64 if dtype != torch.float32 else 16, BV=_power_of_two(V))
+        return LaunchConfig(BT=64 if dtype != torch.float32 else 32, BV=_power_of_two(V))
     BT = delta_rule_forward_config(K, V, dtype, arch).BT
     if dtype.itemsize == 2:
         wide = 64 < K <= 128

@@ -137,7 +137,7 @@ def threads():
     torch.set_num_threads(before)
 
 
-# What the Triton kernels do not yet do within the tolerance. New values of a chunk are rounded to 16 bits at once, where
+# What the Triton kernels do not yet do within the tolerance. A chunk's new values are rounded to 16 bits at once, where
 # the step loop's next step makes up for the rounding of the last; and 16-bit factors meet the ends of their range.
 GAPS = {
     "test_gates[triton-bfloat16--87.0]": "dg of values near the smallest float32 loses its digits",
