@@ -107,9 +107,9 @@ def test_live_rows(rows, lengths, monkeypatch):
     """Straight to the launchers: no public function asks for it yet."""
     from fla_ops.kernels import _config, delta_rule
 
-    monkeypatch.setattr(_config, "INTERPRET", DEVICE == "cpu")  # tiles of 64 rows
+    monkeypatch.setattr(_config, "INTERPRET", DEVICE == "cpu")  # float64 tiles of 64 rows
     inputs = random_inputs(
-        T=130, H=1, HV=2, K=20, V=24, dtype=torch.float32, state=torch.float32,
+        T=130, H=1, HV=2, K=20, V=24, dtype=torch.float64, state=torch.float64,
         sequences=None if lengths is None else len(lengths),
     )  # fmt: skip
     cu_seqlens = None if lengths is None else bounds(lengths)
