@@ -37,17 +37,16 @@ lint: install
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
-# Two processes: the CPU's tests, and beside them the GPU kernels' in Triton's interpreter and behind the shim.
-test: install
+# Two processes at a time: Triton's interpreter is slow, and takes one core.
+test: install $(OTHER_TRITONS:%=$(VENV)/triton-%)
 	$(INSTALL_NATIVE)
-	$(MAKE) -j2 --output-sync=target test-cpu test-kernels
-	$(MAKE) -j2 --output-sync=target test-tritons
+	$(MAKE) -j2 --output-sync=target test-kernels test-cpu test-tritons
 
 test-cpu:
-	$(PYTHON) -m pytest -k "not triton and not simt"
+	$(PYTHON) -m pytest -k "not triton"
 
-# Layers and adapters call the same launchers, slowly here: KERNEL_TESTS="triton or simt" takes their tests too.
-KERNEL_TESTS ?= (triton or simt) and not test_layers and not test_compat
+# Layers and adapters call the same launchers, slowly here: KERNEL_TESTS=triton takes their tests too.
+KERNEL_TESTS ?= triton and not test_layers and not test_compat
 test-kernels:
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -k "$(KERNEL_TESTS)"
 
