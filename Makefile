@@ -40,7 +40,7 @@ lint: install
 # Two processes at a time: Triton's interpreter is slow, and takes one core.
 test: install $(OTHER_TRITONS:%=$(VENV)/triton-%)
 	$(INSTALL_NATIVE)
-	$(MAKE) -j2 --output-sync=target test-kernels test-cpu test-tritons
+	$(MAKE) -j2 --output-sync=line test-kernels test-cpu test-tritons
 
 test-cpu:
 	$(PYTHON) -m pytest -k "not triton"
@@ -55,7 +55,7 @@ TRITON_TESTS ?= tests/test_delta_rule_triton.py tests/test_causal_conv1d_triton.
 test-tritons: $(OTHER_TRITONS:%=test-triton-%)
 
 test-triton-%: $(VENV)/triton-%
-	PYTHONPATH=$(VENV)/triton-$* OMP_NUM_THREADS=1 $(PYTHON) -m pytest -k triton $(TRITON_TESTS)
+	PYTHONPATH=$(CURDIR)/$(VENV)/triton-$* OMP_NUM_THREADS=1 $(PYTHON) -m pytest -k triton $(TRITON_TESTS)
 
 $(VENV)/triton-%: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install -q --no-deps --upgrade --target $@ triton==$*
