@@ -723,7 +723,8 @@ def _step_kernel(
         inputs = ()
         for j in tl.static_range(W - 1):
             inputs = inputs + (tl.load(at + j * state_stride_w, mask=live, other=0),)
-            z += taps[W - 1 - j] * inputs[j].to(dtype)
+        for s in tl.static_range(1, W):  # in the order of the whole op
+            z += taps[s] * inputs[W - 1 - s].to(dtype)
         inputs = inputs + (cast(now, state.dtype.element_ty),)
         tl.debug_barrier()  # a column is overwritten only when every thread has read it
         for j in tl.static_range(W - 1):
