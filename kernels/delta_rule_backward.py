@@ -20,8 +20,8 @@ dg adds path by path: no large terms cancel, and a path over a token with g = -i
 row x of q or k ends with dx -= x (x . dx) / |x|^2. One program adds a group's value heads, in order.
 
 States, sums and row factors are float32 (float64 for float64); what goes from launch to launch has the input dtype.
-Workspace a token and value head, in elements of it: 2 K V / BT (S0, dS1), 2 V (X, dR), 3 BT (M, P, gamma), and 6
-float32 (a, b, c, two norms, a part of dg): 1,944 bytes at K = V = 128, BT = 64 in bfloat16.
+Workspace a token and value head, in elements of it: 2 K V / BT (S0, dS1), 2 V (X, dR), 3 BT (M, P, gamma), and 7
+float32 (a, b, c, beta, two norms, a part of dg): 1,948 bytes at K = V = 128, BT = 64 in bfloat16.
 """
 
 import torch
