@@ -33,9 +33,13 @@ def _warps(threads: int, arch: str) -> int:
 
 
 def delta_rule_prepare_config(K: int, BT: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
-    """One program a chunk and value head; BK channels of q and k at a time."""
-    BK = min(64 if dtype.itemsize == 2 else 32, _power_of_two(K))
-    return LaunchConfig(BT=BT, BK=BK, num_warps=4, num_stages=2)
+    """One program a chunk and value head; BK channels of q and k at a time.
+
+    One stage: pipelined, the loop over K races on Hopper (Triton 3.6, seen as results that change from run to run).
+    """
+    BK = min(128 if dtype.itemsize == 2 else 32, _power_of_two(K))
+    registers = 168 if dtype.itemsize == 2 and arch.startswith("sm_") else None
+    return LaunchConfig(BT=BT, BK=BK, num_warps=4, num_stages=1, max_registers=registers)
 
 
 def delta_rule_forward_config(K: int, V: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
@@ -45,7 +49,7 @@ def delta_rule_forward_config(K: int, V: int, dtype: torch.dtype, arch: str) -> 
     if dtype.itemsize == 2:
         # Hopper takes operands from shared memory; elsewhere they share the registers with the state: half the columns.
         BV = (64 if K <= 128 else 32) // (1 if _roomy(arch) else 2)
-        stages = 1 if arch.startswith("gfx") else 2  # AMD: 64 KB of shared memory
+        stages = 1 if arch.startswith("gfx") else 3 if _roomy(arch) and K <= 128 else 2  # AMD: 64 KB of shared memory
         return LaunchConfig(BT=64, BV=min(_power_of_two(V), BV), num_warps=4, num_stages=stages, tma=_has_tma(arch))
     # Products without tensor cores take their operands through registers: with 32 rows they spill by the thousand.
     return LaunchConfig(BT=16, BV=16, num_warps=_warps(256 if K <= 128 else 512, arch), num_stages=1)
@@ -56,21 +60,21 @@ def delta_rule_backward_config(K: int, V: int, dtype: torch.dtype, arch: str) ->
     config = delta_rule_forward_config(K, V, dtype, arch)
     if dtype.itemsize == 2:
         if _roomy(arch):
-            return replace(config, num_warps=8 if 64 < K <= 128 else 4)
+            return config
         return replace(config, num_warps=_warps(256, arch), num_stages=1)
     return config
 
 
-def delta_rule_gradients_config(K: int, V: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
-    """One program a chunk and query head; BV value columns of states and values at a time."""
+def delta_rule_gradients_config(keys: bool, K: int, V: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
+    """One program a chunk and query head; BV value columns of states and values at a time. `keys`: of the keys."""
     if INTERPRET:
         return LaunchConfig(BT=64 if dtype != torch.float32 else 32, BV=_power_of_two(V))
     BT = delta_rule_forward_config(K, V, dtype, arch).BT
     if dtype.itemsize == 2:
-        wide = 64 < K <= 128
-        BV = min(_power_of_two(V), 64 if wide and _roomy(arch) else 32)
+        BV = min(_power_of_two(V), 64 if K <= 128 and _roomy(arch) else 32)
         stages = 1 if arch.startswith("gfx") else 2
-        return LaunchConfig(BT=BT, BV=BV, num_warps=_warps(256, arch), num_stages=stages)
+        wide = K > 128 or (K > 64 and (keys or not _roomy(arch)))
+        return LaunchConfig(BT=BT, BV=BV, num_warps=_warps(256 if wide else 128, arch), num_stages=stages)
     return LaunchConfig(BT=BT, BV=16, num_warps=_warps(128 if K <= 128 else 256, arch), num_stages=1)
 
 

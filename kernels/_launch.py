@@ -23,12 +23,14 @@ class LaunchConfig:
     BD: int = 0  # channels of a tile (convolution)
     num_warps: int = 4
     num_stages: int = 2
+    max_registers: int | None = None  # a thread: fewer let more programs share a multiprocessor
     tma: bool = False  # load tiles through tensor descriptors where strides and alignment allow
 
     @property
     def options(self) -> dict:
         """The keyword arguments of a launch. fp fusion is said out loud: its default changes in Triton 3.10."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        limit = {"maxnreg": self.max_registers} if self.max_registers else {}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True} | limit
 
 
 def why_not(device: str) -> str | None:

@@ -27,6 +27,19 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def fine_dot(a, b, acc, PRECISION: tl.constexpr):
+    """`dot` of float32 tiles that are worth more than 16 bits, in TF32 or IEEE arithmetic.
+
+    TF32 products cut operands to 10 bits of mantissa. Triton's interpreter does not: cut them there.
+    """
+    if INTERPRET:
+        if PRECISION == "tf32":
+            a = (a.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
+            b = (b.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    return dot(a, b, acc, PRECISION)
+
+
+@triton.jit
 def cast(x, dtype: tl.constexpr):
     """x in another dtype, rounded to nearest. Triton's interpreter cuts off what bfloat16 cannot hold: round there."""
     if INTERPRET:
@@ -42,22 +55,24 @@ def cast(x, dtype: tl.constexpr):
 
 @triton.jit
 def not_finite(x):
-    """Where x is NaN or infinite: x - x is 0 for finite x alone. Triton's interpreter subtracts bits of bfloat16."""
-    if INTERPRET:
-        if x.dtype == tl.bfloat16:
-            x = x.to(tl.float32)
-    return (x - x) != 0
+    """Where x is NaN or infinite. Not as x - x != 0: for a product x that is one fused operation, its rounding error.
+
+    Triton's interpreter compares bits of bfloat16, so it is widened, which changes no value.
+    """
+    if x.dtype == tl.bfloat16:
+        x = x.to(tl.float32)
+    return (tl.abs(x) < float("inf")) == 0
 
 
 @triton.jit
 def spread(bad, dtype: tl.constexpr, LATER: tl.constexpr, PRECISION: tl.constexpr):
-    """`bad` [rows, columns], and in each column all rows behind (LATER) or before a True.
+    """`bad` [rows, columns], and in each row all columns behind (LATER) or before a True.
 
     A product with a triangle counts them: `tl.cumsum` takes ten times the instructions, and registers for them.
     """
-    row = tl.arange(0, bad.shape[0])
-    reach = row[:, None] >= row[None, :] if LATER else row[:, None] <= row[None, :]
-    return dot(tl.where(reach, 1.0, 0.0).to(dtype), tl.where(bad, 1.0, 0.0).to(dtype), None, PRECISION) > 0
+    column = tl.arange(0, bad.shape[1])
+    reach = column[:, None] <= column[None, :] if LATER else column[:, None] >= column[None, :]
+    return dot(tl.where(bad, 1.0, 0.0).to(dtype), tl.where(reach, 1.0, 0.0).to(dtype), None, PRECISION) > 0
 
 
 @triton.jit
@@ -116,6 +131,24 @@ def load_tile(source, first, rows, stride, columns, BT: tl.constexpr, BD: tl.con
 
 
 @triton.jit
+def vector_source(base, size, BT: tl.constexpr, TMA: tl.constexpr):
+    """What `load_vector` reads runs of BT elements from: a tensor descriptor of `size` elements, or a pointer."""
+    if TMA:
+        return tl.make_tensor_descriptor(base, [tl.maximum(size, 1)], [1], [BT])
+    else:
+        return base
+
+
+@triton.jit
+def load_vector(source, first, BT: tl.constexpr, TMA: tl.constexpr):
+    """Elements [first, first + BT) of a source, all of which exist."""
+    if TMA:
+        return source.load([first])
+    else:
+        return tl.load(source + tl.cast(first, tl.int64) + tl.arange(0, BT))
+
+
+@triton.jit
 def store_tile(target, x, first, rows, stride, columns, BT: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
     """Write x [BT, BD] to rows [first, first + rows) of a target made by `tile_source`, columns [0, columns)."""
     if TMA:
@@ -125,6 +158,23 @@ def store_tile(target, x, first, rows, stride, columns, BT: tl.constexpr, BD: tl
         column = tl.arange(0, BD)
         at = (first + row).to(tl.int64)[:, None] * stride + column[None, :]
         tl.store(target + at, x, mask=(row < rows)[:, None] & (column < columns)[None, :])
+
+
+@triton.jit
+def load_state(state, row_stride, K, columns, BK: tl.constexpr, BV: tl.constexpr):
+    """A block of columns of a state [K, V], transposed: [BV, BK]."""
+    key = tl.arange(0, BK)
+    column = tl.arange(0, BV)
+    mask = (key < K)[None, :] & (column < columns)[:, None]
+    return tl.load(state + key.to(tl.int64)[None, :] * row_stride + column[:, None], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_state(state, S, row_stride, K, columns, BK: tl.constexpr, BV: tl.constexpr):
+    key = tl.arange(0, BK)
+    column = tl.arange(0, BV)
+    mask = (key < K)[None, :] & (column < columns)[:, None]
+    tl.store(state + key[None, :] * row_stride + column[:, None], S, mask=mask)
 
 
 @triton.jit

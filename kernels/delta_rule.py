@@ -33,12 +33,17 @@ from ._tiles import (
     cast,
     dot,
     first_of,
+    load_state,
     load_tile,
+    load_vector,
     not_finite,
     segment_of_slot,
     sequence_bounds,
     spread,
+    store_state,
+    store_tile,
     tile_source,
+    vector_source,
     zero_rows,
 )
 from .delta_rule_backward import backward  # noqa: F401 - this module offers it
@@ -49,14 +54,14 @@ MAX_HEAD_DIM = 256
 
 @triton.jit
 def _walk(
-    S,  # [BK, BV]: the state entering chunk `first`
+    S,  # [BV, BK]: the state entering chunk `first`, transposed
     q,  # sources, row 0 being the sequence's first token
     k,
     v,
     M,  # sources, row 0 being the sequence's first chunk; from chunk to chunk it is HV * BT rows
     P,
-    factors,  # pointers to the sequence's first token or chunk
-    decay,
+    factors,  # the same, a chunk's four vectors being HV * 4 * BT elements behind those of the chunk before
+    decay,  # pointers to the sequence's first chunk or token
     o,
     states,
     first,  # chunks [first, last)
@@ -65,7 +70,6 @@ def _walk(
     q_t,
     k_t,
     v_t,
-    factor_step,
     HV,
     columns,  # live value columns of this block
     values,  # whether v is read: V = 0 where not
@@ -90,76 +94,57 @@ def _walk(
     final state, and walk again with CAREFUL where it is not finite: this keeps such rows out of the products and
     writes NaN from the first of them on.
     """
-    row = tl.arange(0, BT)
-    column = tl.arange(0, BV)
     for chunk in tl.range(first, last, num_stages=STAGES, disable_licm=CAREFUL):
         token = chunk * ROWS
-        live = row < tl.minimum(length - token, ROWS)
         k_tile = load_tile(k, token, length, k_t, K, BT, BK, TMA)
         M_tile = load_tile(M, chunk * HV * BT, last * HV * BT, BT, BT, BT, BT, TMA)
-        a = tl.load(factors + token + row, mask=live, other=0.0)
-        c = tl.load(factors + token + row + 2 * factor_step, mask=live, other=0.0)
-        rate = tl.load(factors + token + row + 3 * factor_step, mask=live, other=0.0)
+        line = chunk * HV * (4 * BT)
         whole = tl.load(decay + tl.cast(chunk, tl.int64) * HV)
         if CHECKPOINT:
             if chunk % CHECKPOINT == 0:
                 at = tl.cast(chunk // CHECKPOINT, tl.int64) * HV * (K * V)
-                _store_state(states + at, S, V, K, columns, BK, BV)
+                store_state(states + at, S, V, K, columns, BK, BV)
 
         low = cast(S, DTYPE)
-        v_tile = load_tile(v, token, length, v_t, columns, BT, BV, TMA)
-        R = (tl.where(values, v_tile, 0.0) - a[:, None] * dot(k_tile, low, None, PRECISION)) * rate[:, None]
+        R = dot(low, tl.trans(k_tile), None, PRECISION) * load_vector(factors, line, BT, TMA)[None, :]
+        v_tile = tl.trans(load_tile(v, token, length, v_t, columns, BT, BV, TMA))
+        R = (tl.where(values, v_tile, 0.0) - R) * load_vector(factors, line + 3 * BT, BT, TMA)[None, :]
         if CAREFUL:
             lost = not_finite(cast(R, DTYPE))
             R = tl.where(lost, 0.0, R)
-            X = tl.where(lost, float("nan"), dot(M_tile, cast(R, DTYPE), R, PRECISION))
-            bad = not_finite(cast(X, DTYPE)) & live[:, None]
+            X = tl.where(lost, float("nan"), dot(cast(R, DTYPE), M_tile, R, PRECISION))
+            live = tl.arange(0, BT) < tl.minimum(length - token, ROWS)
+            bad = not_finite(cast(X, DTYPE)) & live[None, :]
             X = tl.where(spread(bad, DTYPE, True, PRECISION), float("nan"), X)
         else:
-            X = dot(M_tile, cast(R, DTYPE), R, PRECISION)
+            X = dot(cast(R, DTYPE), M_tile, R, PRECISION)
         if OUTPUT:
-            b = tl.load(factors + token + row + factor_step, mask=live, other=0.0)
             q_tile = load_tile(q, token, length, q_t, K, BT, BK, TMA)
             P_tile = load_tile(P, chunk * HV * BT, last * HV * BT, BT, BT, BT, BT, TMA)
-            O = dot(q_tile, low, None, PRECISION) * b[:, None]
+            O = dot(low, tl.trans(q_tile), None, PRECISION) * load_vector(factors, line + BT, BT, TMA)[None, :]
             if CAREFUL:
                 bad = not_finite(X)
-                O = dot(P_tile, cast(tl.where(bad, 0.0, X), DTYPE), O, PRECISION)
+                O = dot(cast(tl.where(bad, 0.0, X), DTYPE), P_tile, O, PRECISION)
                 O = tl.where(bad, float("nan"), O)
             else:
-                O = dot(P_tile, cast(X, DTYPE), O, PRECISION)
-            at = (token + row).to(tl.int64)[:, None] * (HV * V) + column[None, :]
-            tl.store(o + at, cast(O, o.dtype.element_ty), mask=live[:, None] & (column < columns)[None, :])
-        S = dot(tl.trans(k_tile), cast(X * c[:, None], DTYPE), S * whole, PRECISION)
+                O = dot(cast(X, DTYPE), P_tile, O, PRECISION)
+            O = tl.trans(cast(O, DTYPE))
+            store_tile(o, O, token, tl.minimum(length - token, ROWS), HV * V, columns, BT, BV, TMA and ROWS == BT)
+        c = load_vector(factors, line + 2 * BT, BT, TMA)
+        S = dot(cast(X * c[None, :], DTYPE), k_tile, S * whole, PRECISION)
     return S
-
-
-@triton.jit
-def _load_state(state, row_stride, K, columns, BK: tl.constexpr, BV: tl.constexpr):
-    key = tl.arange(0, BK)
-    column = tl.arange(0, BV)
-    mask = (key < K)[:, None] & (column < columns)[None, :]
-    return tl.load(state + key.to(tl.int64)[:, None] * row_stride + column[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def _entering(entry, row_stride, K, columns, BK: tl.constexpr, BV: tl.constexpr, DTYPE: tl.constexpr):
-    """The state that enters: zero if `entry` is None."""
-    S = tl.zeros((BK, BV), DTYPE)
+    """The state that enters, transposed: zero if `entry` is None."""
+    S = tl.zeros((BV, BK), DTYPE)
     if entry is not None:
-        S += _load_state(entry, row_stride, K, columns, BK, BV).to(DTYPE)
+        S += load_state(entry, row_stride, K, columns, BK, BV).to(DTYPE)
     return S
 
 
-@triton.jit
-def _store_state(state, S, row_stride, K, columns, BK: tl.constexpr, BV: tl.constexpr):
-    key = tl.arange(0, BK)
-    column = tl.arange(0, BV)
-    mask = (key < K)[:, None] & (column < columns)[None, :]
-    tl.store(state + key[:, None] * row_stride + column[None, :], S, mask=mask)
-
-
-_RUN_TIME = ["T", "N", "SEGMENT", "q_b", "k_b", "v_b", "factor_step"]
+_RUN_TIME = ["T", "N", "SEGMENT", "q_b", "k_b", "v_b"]
 
 
 @triton.jit(do_not_specialize=_RUN_TIME)
@@ -169,7 +154,7 @@ def forward_kernel(
     v,  # [B, T, HV, V]
     M,  # [slots, HV, BT, BT]
     P,  # [slots, HV, BT, BT]
-    factors,  # [4, B, HV, T]: a, b, c, beta
+    factors,  # [slots, HV, 4, BT]: a, b, c, beta
     decay,  # [slots, HV]
     o,  # [B, T, HV, V]
     entry,  # [N, or slots of segments, HV, K, V]: the states that enter them, or None
@@ -180,7 +165,6 @@ def forward_kernel(
     N,
     SEGMENT,  # chunks of a segment
     group,  # HV // H
-    factor_step,  # B * HV * T
     q_b,  # strides
     q_t,
     q_h,
@@ -225,16 +209,16 @@ def forward_kernel(
             zero_rows(o, 0, start, HV * V, columns, BT, BV)
         if (n == N - 1) & (last == chunks):
             zero_rows(o, start + length, T, HV * V, columns, BT, BV)
-    o += start * (HV * V)
+    o_target = tile_source(o + start * (HV * V), length, HV * V, columns, BT, BV, TMA and ROWS == BT)
     q += tl.multiple_of(batch * q_b, ALIGN) + start * q_t + (head // group) * q_h
     k += tl.multiple_of(batch * k_b, ALIGN) + start * k_t + (head // group) * k_h
     v += tl.multiple_of(batch * v_b, ALIGN) + start * v_t + head * v_h + block * BV
     at = first_of(cu_seqlens, n, start, T, ROWS) * HV + head
     decay += at
-    factors += (batch * HV + head) * T + start
     q_source = tile_source(q, length, q_t, K, BT, BK, TMA)
     k_source = tile_source(k, length, k_t, K, BT, BK, TMA)
     v_source = tile_source(v, length, v_t, columns, BT, BV, TMA)
+    factor_source = vector_source(factors + at * (4 * BT), chunks * HV * (4 * BT), BT, TMA)
     M_source = tile_source(M + at * (BT * BT), chunks * HV * BT, BT, BT, BT, BT, TMA)
     P_source = tile_source(P + at * (BT * BT), chunks * HV * BT, BT, BT, BT, BT, TMA)
     if CHECKPOINT:
@@ -250,9 +234,9 @@ def forward_kernel(
         v_source,
         M_source,
         P_source,
-        factors,
+        factor_source,
         decay,
-        o,
+        o_target,
         states,
         first,
         last,
@@ -260,7 +244,6 @@ def forward_kernel(
         q_t,
         k_t,
         v_t,
-        factor_step,
         HV,
         columns,
         True,
@@ -279,7 +262,7 @@ def forward_kernel(
         PRECISION=PRECISION,
     )
     if last == chunks:
-        _store_state(final + (n * HV + head) * (K * V) + block * BV, S, V, K, columns, BK, BV)
+        store_state(final + (n * HV + head) * (K * V) + block * BV, S, V, K, columns, BK, BV)
     if tl.sum(not_finite(S).to(tl.int32)) > 0:
         S = _entering(entry, entry_k, K, columns, BK, BV, factors.dtype.element_ty)
         _walk(
@@ -289,9 +272,9 @@ def forward_kernel(
             v_source,
             M_source,
             P_source,
-            factors,
+            factor_source,
             decay,
-            o,
+            o_target,
             states,
             first,
             last,
@@ -299,7 +282,6 @@ def forward_kernel(
             q_t,
             k_t,
             v_t,
-            factor_step,
             HV,
             columns,
             True,
@@ -324,7 +306,7 @@ def map_kernel(
     k,  # [B, T, H, K]
     v,  # [B, T, HV, V]
     M,  # [slots, HV, BT, BT]
-    factors,  # [4, B, HV, T]: a, b, c, beta
+    factors,  # [slots, HV, 4, BT]: a, b, c, beta
     decay,  # [slots, HV]
     maps,  # [slots of segments, HV, K, K + V]: transition and the state from zero
     cu_seqlens,  # [N + 1] or None
@@ -332,7 +314,6 @@ def map_kernel(
     N,
     SEGMENT,  # chunks of a segment
     group,  # HV // H
-    factor_step,  # B * HV * T
     k_b,  # strides
     k_t,
     k_h,
@@ -371,11 +352,11 @@ def map_kernel(
     v += tl.multiple_of(batch * v_b, ALIGN) + start * v_t + head * v_h + tl.where(values, first_column, 0)
     at = first_of(cu_seqlens, n, start, T, ROWS) * HV + head
     decay += at
-    factors += (batch * HV + head) * T + start
     k_source = tile_source(k, length, k_t, K, BT, BK, TMA)
     v_source = tile_source(v, length, v_t, tl.where(values, columns, V), BT, BV, TMA)
+    factor_source = vector_source(factors + at * (4 * BT), chunks * HV * (4 * BT), BT, TMA)
     M_source = tile_source(M + at * (BT * BT), chunks * HV * BT, BT, BT, BT, BT, TMA)
-    identity = (tl.arange(0, BK)[:, None] == first_column + tl.arange(0, BV)[None, :]) & (block < key_blocks)
+    identity = (tl.arange(0, BK)[None, :] == first_column + tl.arange(0, BV)[:, None]) & (block < key_blocks)
     S = identity.to(factors.dtype.element_ty)
     S = _walk(
         S,
@@ -384,7 +365,7 @@ def map_kernel(
         v_source,
         M_source,
         None,
-        factors,
+        factor_source,
         decay,
         None,
         None,
@@ -394,7 +375,6 @@ def map_kernel(
         0,
         k_t,
         v_t,
-        factor_step,
         HV,
         columns,
         values,
@@ -413,7 +393,7 @@ def map_kernel(
         PRECISION=PRECISION,
     )
     maps += (slot.to(tl.int64) * HV + head) * (K * (K + V)) + tl.where(values, K, 0) + first_column
-    _store_state(maps, S, K + V, K, columns, BK, BV)
+    store_state(maps, S, K + V, K, columns, BK, BV)
 
 
 @triton.jit(do_not_specialize=["T", "N", "SEGMENT"])
@@ -455,23 +435,26 @@ def chain_kernel(
     if initial is not None:
         initial += n * initial_n + head * initial_h + block * BV
     S = _entering(initial, initial_k, K, columns, BK, BV, entry.dtype.element_ty)
-    _store_state(entry, S, V, K, columns, BK, BV)
+    store_state(entry, S, V, K, columns, BK, BV)
     for _ in range(1, tl.cdiv(length, SEGMENT * ROWS)):
         tl.debug_barrier()  # the state is read by other threads than wrote it
-        S = _load_state(maps + K + block * BV, K + V, K, columns, BK, BV)
+        S = load_state(maps + K + block * BV, K + V, K, columns, BK, BV)
         for first in range(0, K, STEP):
             inner = first + tl.arange(0, STEP)
-            mask = (key < K)[:, None] & (inner < K)[None, :]
-            transition = tl.load(maps + key[:, None] * (K + V) + inner[None, :], mask=mask, other=0.0)
-            before = tl.load(
-                entry + inner[:, None] * V + column[None, :],
-                mask=(inner < K)[:, None] & (column < columns)[None, :],
+            transition = tl.load(
+                maps + key[None, :] * (K + V) + inner[:, None],
+                mask=(key < K)[None, :] & (inner < K)[:, None],
                 other=0.0,
             )
-            S = dot(transition, before, S, "ieee")
+            before = tl.load(
+                entry + inner[None, :] * V + column[:, None],
+                mask=(inner < K)[None, :] & (column < columns)[:, None],
+                other=0.0,
+            )
+            S = dot(before, transition, S, "ieee")
         maps += HV * (K * (K + V))
         entry += HV * (K * V)
-        _store_state(entry, S, V, K, columns, BK, BV)
+        store_state(entry, S, V, K, columns, BK, BV)
 
 
 @triton.jit(do_not_specialize=["scale", "slots", "q_b", "k_b", "v_b", "beta_b", "g_b"])
@@ -562,11 +545,12 @@ def _segment_chunks(chunks: int, programs: int, N: int, x: torch.Tensor) -> int 
     """The chunks of a segment, or None where cutting is not worth it.
 
     `chunks` are those of all N sequences together, `programs` those that walk side by side in each. The maps take about
-    as long as the walk, with twice the programs: below four segments a sequence nothing is won.
+    as long as the walk, with twice the programs, two of which share a multiprocessor: below four segments a sequence
+    nothing is won.
     """
     if torch.are_deterministic_algorithms_enabled():
         return None
-    segments = multiprocessors(x) // (2 * programs)
+    segments = multiprocessors(x) // programs
     length = max(16, triton.cdiv(chunks, max(segments, 1)))
     return triton.cdiv(length, CHECKPOINT) * CHECKPOINT if 4 * length * N <= chunks else None
 
@@ -616,14 +600,16 @@ def forward(q, k, v, beta, g, initial_state, cu_seqlens, *, scale, qk_l2norm, sa
     options = {"scale": scale, "qk_l2norm": qk_l2norm, "forward": True, "BT": BT, "rows": rows}
     M, P, factors, decay, _, _ = prepare(q, k, beta, g, cu_seqlens, **options)
     align = alignment(q, k, v)
-    tma = config.tma and align > 1 and all(x.data_ptr() % 16 == 0 for x in (q, k, v))
+    tma = config.tma and align > 1 and V % align == 0 and all(x.data_ptr() % 16 == 0 for x in (q, k, v))
     if tma:
         allow_descriptors()
     chunks = B * triton.cdiv(T, rows)
     blocks = triton.cdiv(V, BV)
     segment = _segment_chunks(chunks, HV * blocks, N, q)
     sizes = {"K": K, "V": V, "ROWS": rows, "BT": BT, "BK": power_of_two(K), "BV": BV, "ALIGN": align}
-    launch = {"STAGES": config.num_stages, "TMA": tma, "PRECISION": precision(q.dtype)} | config.options
+    # With more programs than multiprocessors, two that share one are faster than a third stage, which leaves no room.
+    stages = min(config.num_stages, 2 if N * HV * blocks > multiprocessors(q) or segment else 3)
+    launch = {"STAGES": stages, "TMA": tma, "PRECISION": precision(q.dtype)} | config.options
     lengths = (cu_seqlens, T, N, segment or chunks + 1)
     slots = chunk_slots(B, max(T, 1), cu_seqlens, rows * segment) if segment else N
     with on_device(q):
@@ -644,7 +630,6 @@ def forward(q, k, v, beta, g, initial_state, cu_seqlens, *, scale, qk_l2norm, sa
             states if save_states else None,
             *lengths,
             HV // H,
-            B * HV * T,
             *q.stride()[:3],
             *k.stride()[:3],
             *v.stride()[:3],
@@ -672,7 +657,6 @@ def _entries(k, v, M, factors, decay, initial_state, lengths, slots, sizes, laun
         maps,
         *lengths,
         HV // k.shape[2],
-        k.shape[0] * HV * T,
         *k.stride()[:3],
         *v.stride()[:3],
         **sizes,

@@ -29,18 +29,22 @@ import triton
 import triton.language as tl
 
 from ._config import CHECKPOINT, delta_rule_backward_config, delta_rule_gradients_config
-from ._launch import allow_descriptors, arch, on_device, precision
+from ._launch import allow_descriptors, arch, multiprocessors, on_device, precision
 from ._operators import operator
 from ._tiles import (
     cast,
     dot,
     first_of,
+    load_state,
     load_tile,
+    load_vector,
     not_finite,
     segment_of_slot,
     spread,
+    store_state,
     store_tile,
     tile_source,
+    vector_source,
     zero_rows,
 )
 from .delta_rule_prepare import alignment, chunk_slots, power_of_two, prepare, wider
@@ -48,7 +52,7 @@ from .delta_rule_prepare import alignment, chunk_slots, power_of_two, prepare, w
 
 @triton.jit
 def _with_nan(x, source, LATER: tl.constexpr, PRECISION: tl.constexpr):
-    """x with NaN, column by column, in the rows where `source` is not finite and in all rows behind or before them."""
+    """x with NaN, row by row, in the columns where `source` is not finite and in all columns behind or before them."""
     return tl.where(spread(not_finite(source), source.dtype, LATER, PRECISION), float("nan"), x)
 
 
@@ -59,13 +63,12 @@ def _finite(x):
 
 @triton.jit
 def _replay(
-    S,  # [BK, BV]: the state entering chunk `first`
+    S,  # [BV, BK]: the state entering chunk `first`, transposed
     k,  # sources, row 0 being the sequence's first token
     v,
     M,  # sources, row 0 being the sequence's first chunk; from chunk to chunk it is HV * BT rows
-    beta,  # pointers to the sequence's first token or chunk
-    factors,
-    decay,
+    factors,  # the same, a chunk's four vectors being HV * 4 * BT elements behind those of the chunk before
+    decay,  # a pointer to the sequence's first chunk
     S0,
     X,
     first,  # chunks [first, last)
@@ -73,8 +76,6 @@ def _replay(
     length,
     k_t,
     v_t,
-    beta_t,
-    factor_step,
     HV,
     columns,  # live value columns of this block
     K: tl.constexpr,
@@ -90,58 +91,51 @@ def _replay(
     PRECISION: tl.constexpr,
 ):
     """The state behind the chunks; writes every chunk's entry state and new values. CAREFUL as in `_walk_back`."""
-    row = tl.arange(0, BT)
     for chunk in tl.range(first, last, num_stages=STAGES):
         token = chunk * ROWS
         end = tl.minimum(length, token + ROWS)
-        live = token + row < end
         k_tile = load_tile(k, token, end, k_t, K, BT, BK, TMA)
         v_tile = load_tile(v, token, end, v_t, columns, BT, BV, TMA)
         M_tile = load_tile(M, chunk * HV * BT, last * HV * BT, BT, BT, BT, BT, TMA)
-        a = tl.load(factors + token + row, mask=live, other=0.0)
-        c = tl.load(factors + token + row + 2 * factor_step, mask=live, other=0.0)
-        rate = tl.load(beta + (token + row).to(tl.int64) * beta_t, mask=live, other=0.0).to(S.dtype)
+        line = chunk * HV * (4 * BT)
         total = tl.load(decay + tl.cast(chunk, tl.int64) * HV)
 
         low = cast(S, DTYPE)
-        store_tile(S0, low, chunk * HV * K, K, V, columns, BK, BV, TMA)
-        x = (v_tile - dot(k_tile, low, None, PRECISION) * a[:, None]) * rate[:, None]
+        store_tile(S0, low, chunk * HV * V, columns, K, K, BV, BK, TMA)
+        x = dot(low, tl.trans(k_tile), None, PRECISION) * load_vector(factors, line, BT, TMA)[None, :]
+        x = (tl.trans(v_tile) - x) * load_vector(factors, line + 3 * BT, BT, TMA)[None, :]
         R = cast(x, DTYPE)
         if CAREFUL:
-            x = dot(M_tile, _finite(R), _finite(x), PRECISION)
+            x = dot(_finite(R), M_tile, _finite(x), PRECISION)
             x = _with_nan(x, R, True, PRECISION)
         else:
-            x = dot(M_tile, R, x, PRECISION)
-        store_tile(X, cast(x, DTYPE), chunk * HV * BT, BT, V, columns, BT, BV, TMA)
-        S = dot(tl.trans(k_tile), cast(x * c[:, None], DTYPE), S * total, PRECISION)
+            x = dot(R, M_tile, x, PRECISION)
+        store_tile(X, cast(x, DTYPE), chunk * HV * V, columns, BT, BT, BV, BT, TMA)
+        c = load_vector(factors, line + 2 * BT, BT, TMA)
+        S = dot(cast(x * c[None, :], DTYPE), k_tile, S * total, PRECISION)
     return S
 
 
-@triton.jit(do_not_specialize=["T", "N", "factor_step", "k_b", "v_b", "beta_b"])
+@triton.jit(do_not_specialize=["T", "N", "k_b", "v_b"])
 def replay_kernel(
     k,  # [B, T, H, K]
     v,  # [B, T, HV, V]
-    beta,  # [B, T, HV]
     M,  # [slots, HV, BT, BT]
-    factors,  # [4, B, HV, T]: a, b, c, beta
+    factors,  # [slots, HV, 4, BT]: a, b, c, beta
     decay,  # [slots, HV]
     states,  # [checkpoint slots, HV, K, V]
-    S0,  # [slots, HV, K, V]: the state entering each chunk
-    X,  # [slots, HV, BT, V]: new values
+    S0,  # [slots, HV, V, K]: the state entering each chunk
+    X,  # [slots, HV, V, BT]: new values
     cu_seqlens,  # [N + 1] or None
     T,
     N,
     group,  # HV // H
-    factor_step,  # B * HV * T
     k_b,
     k_t,
     k_h,
     v_b,
     v_t,
     v_h,
-    beta_b,
-    beta_t,
-    beta_h,
     K: tl.constexpr,
     V: tl.constexpr,
     ROWS: tl.constexpr,
@@ -170,40 +164,38 @@ def replay_kernel(
     at = first_of(cu_seqlens, n, start, T, ROWS) * HV + head
     k += tl.multiple_of(batch * k_b, ALIGN) + start * k_t + (head // group) * k_h
     v += tl.multiple_of(batch * v_b, ALIGN) + start * v_t + head * v_h + block * BV
-    beta += batch * beta_b + start * beta_t + head * beta_h
-    factors += (batch * HV + head) * T + start
     decay += at
     k_source = tile_source(k, length, k_t, K, BT, BK, TMA)
     v_source = tile_source(v, length, v_t, columns, BT, BV, TMA)
+    factor_source = vector_source(factors + at * (4 * BT), chunks * HV * (4 * BT), BT, TMA)
     M_source = tile_source(M + at * (BT * BT), chunks * HV * BT, BT, BT, BT, BT, TMA)
-    S0_target = tile_source(S0 + at * (K * V) + block * BV, chunks * HV * K, V, columns, BK, BV, TMA)
-    X_target = tile_source(X + at * (BT * V) + block * BV, chunks * HV * BT, V, columns, BT, BV, TMA)
+    S0_target = tile_source(S0 + at * (K * V) + block * (BV * K), chunks * HV * V, K, K, BV, BK, TMA)
+    X_target = tile_source(X + at * (BT * V) + block * (BV * BT), chunks * HV * V, BT, BT, BV, BT, TMA)
     states += (tl.cast(slot, tl.int64) * HV + head) * (K * V) + block * BV
 
-    S = load_tile(states, 0, K, V, columns, BK, BV, False)
+    S = load_state(states, V, K, columns, BK, BV)
     S = _replay(
-        S, k_source, v_source, M_source, beta, factors, decay, S0_target, X_target, first, last, length, k_t, v_t,
-        beta_t, factor_step, HV, columns, K, V, ROWS, BT, BK, BV, k.dtype.element_ty, False, STAGES, TMA, PRECISION,
+        S, k_source, v_source, M_source, factor_source, decay, S0_target, X_target, first, last, length, k_t, v_t,
+        HV, columns, K, V, ROWS, BT, BK, BV, k.dtype.element_ty, False, STAGES, TMA, PRECISION,
     )  # fmt: skip
     if tl.sum(not_finite(S).to(tl.int32)) > 0:
-        S = load_tile(states, 0, K, V, columns, BK, BV, False)
+        S = load_state(states, V, K, columns, BK, BV)
         _replay(
-            S, k_source, v_source, M_source, beta, factors, decay, S0_target, X_target, first, last, length, k_t, v_t,
-            beta_t, factor_step, HV, columns, K, V, ROWS, BT, BK, BV, k.dtype.element_ty, True, 1, TMA, PRECISION,
+            S, k_source, v_source, M_source, factor_source, decay, S0_target, X_target, first, last, length, k_t, v_t,
+            HV, columns, K, V, ROWS, BT, BK, BV, k.dtype.element_ty, True, 1, TMA, PRECISION,
         )  # fmt: skip
 
 
 @triton.jit
 def _walk_back(
-    ds,  # [BK, BV]: the gradient of the state behind chunk last - 1
+    ds,  # [BV, BK]: the gradient of the state behind chunk last - 1, transposed
     q,  # sources, row 0 being the sequence's first token
     k,
     do,
     M,  # sources, row 0 being the sequence's first chunk; from chunk to chunk it is HV * BT rows
     P,
-    beta,  # pointers to the sequence's first token or chunk
-    factors,
-    decay,
+    factors,  # the same, a chunk's four vectors being HV * 4 * BT elements behind those of the chunk before
+    decay,  # a pointer to the sequence's first chunk
     dv,
     dR,
     dS,
@@ -213,8 +205,6 @@ def _walk_back(
     q_t,
     k_t,
     do_t,
-    beta_t,
-    factor_step,
     HV,
     columns,  # live value columns of this block
     K: tl.constexpr,
@@ -235,50 +225,47 @@ def _walk_back(
     It cannot go unseen, since it stays in the gradient of the state: callers look at the result, and walk again with
     CAREFUL where it is not finite. This keeps such rows out of the products.
     """
-    row = tl.arange(0, BT)
     for back in tl.range(0, last - first, num_stages=STAGES):
         chunk = last - 1 - back
         token = chunk * ROWS
-        slot = tl.cast(chunk, tl.int64) * HV
-        live = row < tl.minimum(length - token, ROWS)
         end = tl.minimum(length, token + ROWS)
         q_tile = load_tile(q, token, end, q_t, K, BT, BK, TMA)
         k_tile = load_tile(k, token, end, k_t, K, BT, BK, TMA)
         do_tile = load_tile(do, token, end, do_t, columns, BT, BV, TMA)
         M_tile = load_tile(M, chunk * HV * BT, last * HV * BT, BT, BT, BT, BT, TMA)
         P_tile = load_tile(P, chunk * HV * BT, last * HV * BT, BT, BT, BT, BT, TMA)
-        a = tl.load(factors + token + row, mask=live, other=0.0)
-        b = tl.load(factors + token + row + factor_step, mask=live, other=0.0)
-        c = tl.load(factors + token + row + 2 * factor_step, mask=live, other=0.0)
-        rate = tl.load(beta + (token + row).to(tl.int64) * beta_t, mask=live, other=0.0).to(ds.dtype)
-        total = tl.load(decay + slot)
+        line = chunk * HV * (4 * BT)
+        total = tl.load(decay + tl.cast(chunk, tl.int64) * HV)
 
         low = cast(ds, DTYPE)
         if dS is not None:
-            store_tile(dS, low, chunk * HV * K, K, V, columns, BK, BV, TMA)
-        dx = dot(k_tile, low, None, PRECISION) * c[:, None]
+            store_tile(dS, low, chunk * HV * V, columns, K, K, BV, BK, TMA)
+        dx = dot(low, tl.trans(k_tile), None, PRECISION) * load_vector(factors, line + 2 * BT, BT, TMA)[None, :]
+        do_tile = tl.trans(do_tile)
         if CAREFUL:
-            dx = dot(tl.trans(P_tile), _finite(do_tile), dx, PRECISION)
+            dx = dot(_finite(do_tile), tl.trans(P_tile), dx, PRECISION)
             dx = _with_nan(dx, do_tile, False, PRECISION)
             rounded = cast(dx, DTYPE)
-            dr = dot(tl.trans(M_tile), _finite(rounded), _finite(dx), PRECISION)
+            dr = dot(_finite(rounded), tl.trans(M_tile), _finite(dx), PRECISION)
             dr = _with_nan(dr, rounded, False, PRECISION)
         else:
-            dx = dot(tl.trans(P_tile), do_tile, dx, PRECISION)
-            dr = dot(tl.trans(M_tile), cast(dx, DTYPE), dx, PRECISION)
+            dx = dot(do_tile, tl.trans(P_tile), dx, PRECISION)
+            dr = dot(cast(dx, DTYPE), tl.trans(M_tile), dx, PRECISION)
         if dR is not None:
-            store_tile(dR, cast(dr, DTYPE), chunk * HV * BT, BT, V, columns, BT, BV, TMA)
-        dr = dr * rate[:, None]
+            store_tile(dR, cast(dr, DTYPE), chunk * HV * V, columns, BT, BT, BV, BT, TMA)
+        dr = dr * load_vector(factors, line + 3 * BT, BT, TMA)[None, :]
         if dv is not None:
-            store_tile(dv, cast(dr, DTYPE), token, end - token, HV * V, columns, BT, BV, TMA)
+            store_tile(dv, tl.trans(cast(dr, DTYPE)), token, end - token, HV * V, columns, BT, BV, TMA)
+        a = load_vector(factors, line, BT, TMA)
+        b = load_vector(factors, line + BT, BT, TMA)
         if tl.float16 == DTYPE:
             # Its smallest number is 6e-8: the largest factor stays outside of the products.
             largest = tl.maximum(tl.max(tl.maximum(tl.abs(a), tl.abs(b)), 0), 1.2e-38)
             a = a / largest
             b = b / largest
             total = total / largest
-        ds = dot(tl.trans(q_tile), cast(do_tile * b[:, None], DTYPE), ds * total, PRECISION)
-        ds = dot(tl.trans(k_tile), cast(dr * -a[:, None], DTYPE), ds, PRECISION)
+        ds = dot(cast(do_tile * b[None, :], DTYPE), q_tile, ds * total, PRECISION)
+        ds = dot(cast(dr * -a[None, :], DTYPE), k_tile, ds, PRECISION)
         if tl.float16 == DTYPE:
             ds = ds * largest
     return ds
@@ -289,42 +276,37 @@ def _zero_or(
     states, n, head, HV, block, columns, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """A block of columns of the state of sequence n and this head, zero if `states` is None."""
-    S = tl.zeros((BK, BV), DTYPE)
+    """A block of columns of the state of sequence n and this head, transposed; zero if `states` is None."""
+    S = tl.zeros((BV, BK), DTYPE)
     if states is not None:
-        S += load_tile(states + (n * HV + head) * (K * V) + block * BV, 0, K, V, columns, BK, BV, False).to(DTYPE)
+        S += load_state(states + (n * HV + head) * (K * V) + block * BV, V, K, columns, BK, BV).to(DTYPE)
     return S
 
 
-@triton.jit(do_not_specialize=["T", "N", "factor_step", "q_b", "k_b", "beta_b", "do_b"])
+@triton.jit(do_not_specialize=["T", "N", "q_b", "k_b", "do_b"])
 def reverse_kernel(
     q,  # [B, T, H, K]
     k,  # [B, T, H, K]
-    beta,  # [B, T, HV]
     do,  # [B, T, HV, V]
     M,  # [slots, HV, BT, BT]
     P,  # [slots, HV, BT, BT]
-    factors,  # [4, B, HV, T]: a, b, c, beta
+    factors,  # [slots, HV, 4, BT]: a, b, c, beta
     decay,  # [slots, HV]
     dfinal_state,  # [N, HV, K, V] or None
     dv,  # [B, T, HV, V] or None
-    dR,  # [slots, HV, BT, V] or None
-    dS,  # [slots, HV, K, V] or None: the gradient of the state behind each chunk
+    dR,  # [slots, HV, V, BT] or None
+    dS,  # [slots, HV, V, K] or None: the gradient of the state behind each chunk
     dinitial_state,  # [N, HV, K, V] or None
     cu_seqlens,  # [N + 1] or None
     T,
     N,
     group,  # HV // H
-    factor_step,  # B * HV * T
     q_b,
     q_t,
     q_h,
     k_b,
     k_t,
     k_h,
-    beta_b,
-    beta_t,
-    beta_h,
     do_b,
     do_t,
     do_h,
@@ -351,12 +333,11 @@ def reverse_kernel(
     q += tl.multiple_of(batch * q_b, ALIGN) + start * q_t + (head // group) * q_h
     k += tl.multiple_of(batch * k_b, ALIGN) + start * k_t + (head // group) * k_h
     do += tl.multiple_of(batch * do_b, ALIGN) + start * do_t + head * do_h + block * BV
-    beta += batch * beta_b + start * beta_t + head * beta_h
-    factors += (batch * HV + head) * T + start
     decay += at
     q_source = tile_source(q, length, q_t, K, BT, BK, TMA)
     k_source = tile_source(k, length, k_t, K, BT, BK, TMA)
     do_source = tile_source(do, length, do_t, columns, BT, BV, TMA)
+    factor_source = vector_source(factors + at * (4 * BT), chunks * HV * (4 * BT), BT, TMA)
     M_source = tile_source(M + at * (BT * BT), chunks * HV * BT, BT, BT, BT, BT, TMA)
     P_source = tile_source(P + at * (BT * BT), chunks * HV * BT, BT, BT, BT, BT, TMA)
     if dv is not None:
@@ -368,26 +349,24 @@ def reverse_kernel(
                 zero_rows(dv, start + length, T, HV * V, columns, BT, BV)
         dv = tile_source(dv + start * (HV * V), length, HV * V, columns, BT, BV, TMA)
     if dR is not None:
-        dR = tile_source(dR + at * (BT * V) + block * BV, chunks * HV * BT, V, columns, BT, BV, TMA)
+        dR = tile_source(dR + at * (BT * V) + block * (BV * BT), chunks * HV * V, BT, BT, BV, BT, TMA)
     if dS is not None:
-        dS = tile_source(dS + at * (K * V) + block * BV, chunks * HV * K, V, columns, BK, BV, TMA)
+        dS = tile_source(dS + at * (K * V) + block * (BV * K), chunks * HV * V, K, K, BV, BK, TMA)
 
     ds = _zero_or(dfinal_state, n, head, HV, block, columns, K, V, BK, BV, factors.dtype.element_ty)
     ds = _walk_back(
-        ds, q_source, k_source, do_source, M_source, P_source, beta, factors, decay, dv, dR, dS, 0, chunks, length,
-        q_t, k_t, do_t, beta_t, factor_step, HV, columns, K, V, ROWS, BT, BK, BV, k.dtype.element_ty, False, STAGES,
-        TMA, PRECISION,
+        ds, q_source, k_source, do_source, M_source, P_source, factor_source, decay, dv, dR, dS, 0, chunks, length, q_t,
+        k_t, do_t, HV, columns, K, V, ROWS, BT, BK, BV, k.dtype.element_ty, False, STAGES, TMA, PRECISION,
     )  # fmt: skip
     if tl.sum(not_finite(ds).to(tl.int32)) > 0:
         ds = _zero_or(dfinal_state, n, head, HV, block, columns, K, V, BK, BV, factors.dtype.element_ty)
         ds = _walk_back(
-            ds, q_source, k_source, do_source, M_source, P_source, beta, factors, decay, dv, dR, dS, 0, chunks, length,
-            q_t, k_t, do_t, beta_t, factor_step, HV, columns, K, V, ROWS, BT, BK, BV, k.dtype.element_ty, True, 1,
-            TMA, PRECISION,
+            ds, q_source, k_source, do_source, M_source, P_source, factor_source, decay, dv, dR, dS, 0, chunks, length,
+            q_t, k_t, do_t, HV, columns, K, V, ROWS, BT, BK, BV, k.dtype.element_ty, True, 1, TMA, PRECISION,
         )  # fmt: skip
     if dinitial_state is not None:
         ds = cast(ds, dinitial_state.dtype.element_ty)
-        store_tile(dinitial_state + (n * HV + head) * (K * V) + block * BV, ds, 0, K, V, columns, BK, BV, False)
+        store_state(dinitial_state + (n * HV + head) * (K * V) + block * BV, ds, V, K, columns, BK, BV)
 
 
 @triton.jit
@@ -430,30 +409,45 @@ def _rolled(V: tl.constexpr, BV: tl.constexpr):
 
 
 @triton.jit
+def _sums_from(x, BT: tl.constexpr, PARTS: tl.constexpr):
+    """[j, m]: the sum of x over i >= m in row j, as a product with a triangle of ones.
+
+    On tensor cores with x in two bfloat16 PARTS, 16 bits together; in IEEE arithmetic where PARTS is 1.
+    """
+    row = tl.arange(0, BT)
+    if PARTS == 1:
+        return dot(x, tl.where(row[:, None] >= row[None, :], 1.0, tl.zeros_like(x)), None, "ieee")
+    else:
+        ones = cast(tl.where(row[:, None] >= row[None, :], 1.0, 0.0), tl.bfloat16)
+        high = cast(x, tl.bfloat16)
+        sums = dot(high, ones, None, "ieee")
+        return dot(cast(x - high.to(x.dtype), tl.bfloat16), ones, sums, "ieee")
+
+
+@triton.jit
 def _through_norm(dx, x):
     """The gradient of rows x from r times that of r x, where r is one over the norm of a row."""
     x = x.to(dx.dtype)
     return dx - x * (tl.sum(dx * x, 1) / (tl.sum(x * x, 1) + 1e-6))[:, None]
 
 
-@triton.jit(do_not_specialize=["T", "N", "factor_step", "q_b", "k_b", "do_b", "scale"])
+@triton.jit(do_not_specialize=["T", "N", "q_b", "k_b", "do_b", "scale"])
 def query_gradients_kernel(
     q,  # [B, T, H, K]
     k,  # [B, T, H, K]
     do,  # [B, T, HV, V]
     gamma,  # [slots, HV, BT, BT] or None
-    norms,  # [2, B, HV, T] or None: r_k, r_q
-    factors,  # [4, B, HV, T]: a, b, c, beta
-    S0,  # [slots, HV, K, V]
-    X,  # [slots, HV, BT, V]
+    norms,  # [slots, HV, 2, BT] or None: r_k, r_q
+    factors,  # [slots, HV, 4, BT]: a, b, c, beta
+    S0,  # [slots, HV, V, K]
+    X,  # [slots, HV, V, BT]
     dq,  # [B, T, H, K] or None
-    dg_start,  # [B, HV, T] or None: each token's own part of the sums from the chunk's start
+    dg_start,  # [slots, HV, BT] or None: each token's own part of the sums from the chunk's start
     cu_seqlens,  # [N + 1] or None
     scale,
     T,
     N,
     group,  # HV // H
-    factor_step,  # B * HV * T
     q_b,
     q_t,
     q_h,
@@ -500,12 +494,12 @@ def query_gradients_kernel(
         for first in tl.range(0, last, BV, num_stages=STAGES):
             columns = V - first
             do_tile = _rows_of(do_at + first, do_t, live, columns, BT, BV)
-            S_tile = _rows_of(S0 + at * (K * V) + first, V, K, columns, BK, BV)
-            X_tile = _rows_of(X + at * (BT * V) + first, V, BT, columns, BT, BV)
-            state = dot(do_tile, tl.trans(S_tile), state, PRECISION)
-            scores = dot(do_tile, tl.trans(X_tile), scores, PRECISION)
-        line = (batch * HV + hv) * T + token + row
-        b = tl.load(factors + line + factor_step, mask=row < live, other=0.0)
+            S_tile = _rows_of(S0 + at * (K * V) + first * K, K, columns, K, BV, BK)
+            X_tile = _rows_of(X + at * (BT * V) + first * BT, BT, columns, BT, BV, BT)
+            state = dot(do_tile, S_tile, state, PRECISION)
+            scores = dot(do_tile, X_tile, scores, PRECISION)
+        line = at * BT + row
+        b = tl.load(factors + at * (4 * BT) + BT + row)
         state = state * b[:, None]
         if dg_start is not None:
             own = tl.sum(state * _rows_of(q, q_t, live, K, BT, BK), 1)
@@ -516,8 +510,8 @@ def query_gradients_kernel(
             if gamma is not None:
                 scores = scores * tl.load(gamma + at * (BT * BT) + row[:, None] * BT + row[None, :])
             if norms is not None:
-                r_k = tl.load(norms + line, mask=row < live, other=0.0)
-                r_q = tl.load(norms + line + factor_step, mask=row < live, other=0.0)
+                r_k = tl.load(norms + at * (2 * BT) + row)
+                r_q = tl.load(norms + at * (2 * BT) + BT + row)
                 scores = scores * r_q[:, None] * r_k[None, :]
             scores = tl.where(row[:, None] >= row[None, :], scores * scale, 0.0)
             grad = dot(cast(scores, narrow), k_tile, grad, PRECISION)
@@ -527,23 +521,22 @@ def query_gradients_kernel(
         store_tile(dq, cast(grad, narrow), token, live, H * K, K, BT, BK, False)
 
 
-@triton.jit(do_not_specialize=["T", "N", "factor_step", "q_b", "k_b", "v_b", "do_b", "beta_b", "scale"])
+@triton.jit(do_not_specialize=["T", "N", "q_b", "k_b", "v_b", "do_b", "scale"])
 def key_gradients_kernel(
     q,  # [B, T, H, K]
     k,  # [B, T, H, K]
     v,  # [B, T, HV, V]
-    beta,  # [B, T, HV]
     do,  # [B, T, HV, V]
     P,  # [slots, HV, BT, BT]
     gamma,  # [slots, HV, BT, BT] or None
-    norms,  # [2, B, HV, T] or None: r_k, r_q
-    factors,  # [4, B, HV, T]: a, b, c, beta
+    norms,  # [slots, HV, 2, BT] or None: r_k, r_q
+    factors,  # [slots, HV, 4, BT]: a, b, c, beta
     decay,  # [slots, HV]
-    S0,  # [slots, HV, K, V]
-    X,  # [slots, HV, BT, V]
-    dR,  # [slots, HV, BT, V]
-    dS,  # [slots, HV, K, V]
-    dg_start,  # [B, HV, T] or None, as the queries left it
+    S0,  # [slots, HV, V, K]
+    X,  # [slots, HV, V, BT]
+    dR,  # [slots, HV, V, BT]
+    dS,  # [slots, HV, V, K]
+    dg_start,  # [slots, HV, BT] or None, as the queries left it
     dk,  # [B, T, H, K] or None
     dbeta,  # [B, T, HV] or None
     dg,  # [B, T, HV] or None
@@ -552,7 +545,6 @@ def key_gradients_kernel(
     T,
     N,
     group,  # HV // H
-    factor_step,  # B * HV * T
     q_b,
     q_t,
     q_h,
@@ -562,9 +554,6 @@ def key_gradients_kernel(
     v_b,
     v_t,
     v_h,
-    beta_b,
-    beta_t,
-    beta_h,
     do_b,
     do_t,
     do_h,
@@ -577,6 +566,7 @@ def key_gradients_kernel(
     ALIGN: tl.constexpr,  # the batch strides of q, k, v and do are multiples of this
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,  # of `_sums_from`
 ):
     """Score matrices are [key's row, query's or later row] here: their product with rows needs no transposing."""
     slot = tl.program_id(0)
@@ -610,103 +600,89 @@ def key_gradients_kernel(
     q += tl.multiple_of(batch * q_b, ALIGN) + token * q_t + head * q_h
     k += tl.multiple_of(batch * k_b, ALIGN) + token * k_t + head * k_h
     grad = tl.zeros((BT, BK), compute)
-
-    # Through the chunk's exit state, and through P.
     for member in tl.range(group, disable_licm=True):
         hv = head * group + member
         at = tl.cast(slot, tl.int64) * HV + hv
-        line = (batch * HV + hv) * T + token + row
         do_at = do + tl.multiple_of(batch * do_b, ALIGN) + token * do_t + hv * do_h
-        state = tl.zeros((BT, BK), compute)
-        scores = tl.zeros((BT, BT), compute)
-        for first in tl.range(0, last, BV, num_stages=STAGES):
-            columns = V - first
-            X_tile = _rows_of(X + at * (BT * V) + first, V, BT, columns, BT, BV)
-            do_tile = _rows_of(do_at + first, do_t, live, columns, BT, BV)
-            dS_tile = _rows_of(dS + at * (K * V) + first, V, K, columns, BK, BV)
-            state = dot(X_tile, tl.trans(dS_tile), state, PRECISION)
-            scores = dot(X_tile, tl.trans(do_tile), scores, PRECISION)
-        state = state * tl.load(factors + line + 2 * factor_step, mask=alive, other=0.0)[:, None]
-        if dg is not None:
-            # [j, m]: the paths over m from j, by way of P to m or later or of the exit state; m's own from the entry.
-            to_end = tl.sum(state * _rows_of(k, k_t, live, K, BT, BK), 1)
-            paths = scores * tl.load(P + at * (BT * BT) + row[None, :] * BT + row[:, None])
-            paths = tl.cumsum(tl.where(upper, paths, 0.0), 1, reverse=True) + to_end[:, None]
-            own = tl.load(dg_start + line, mask=alive, other=0.0)
-            total = tl.load(decay + at)
-            passed = tl.zeros((BK,), compute)
-            for first in tl.range(0, V, BV, num_stages=1):
-                columns = V - first
-                S_tile = _rows_of(S0 + at * (K * V) + first, V, K, columns, BK, BV)
-                dS_tile = _rows_of(dS + at * (K * V) + first, V, K, columns, BK, BV)
-                passed += tl.sum(S_tile.to(compute) * dS_tile, 1)
-            passed = tl.where(total == 0, 0.0, total * tl.sum(passed, 0))
-            tl.store(dg_start + line, tl.sum(tl.where(upper, paths, own[:, None]), 0) + passed, mask=alive)
-        if dk is not None:
-            grad += state
-            if gamma is not None:
-                scores = scores * tl.load(gamma + at * (BT * BT) + row[:, None] * BT + row[None, :])
-            if norms is not None:
-                r_k = tl.load(norms + line, mask=alive, other=0.0)
-                r_q = tl.load(norms + line + factor_step, mask=alive, other=0.0)
-                scores = scores * r_k[:, None] * r_q[None, :]
-            scores = cast(tl.where(lower, 0.0, scores * scale), narrow)
-            grad = dot(scores, _rows_of(q, q_t, live, K, BT, BK), grad, PRECISION)
-
-    tl.debug_barrier()  # other threads read what dg_start got
-    # Through the chunk's entry state, and through the inverse.
-    for member in tl.range(group, disable_licm=True):
-        hv = head * group + member
-        at = tl.cast(slot, tl.int64) * HV + hv
-        line = (batch * HV + hv) * T + token + row
         v_at = v + tl.multiple_of(batch * v_b, ALIGN) + token * v_t + hv * v_h
-        rate = tl.load(beta + batch * beta_b + (token + row) * beta_t + hv * beta_h, mask=alive, other=0.0).to(compute)
-        state = tl.zeros((BT, BK), compute)
+        rate = tl.load(factors + at * (4 * BT) + 3 * BT + row)
+
+        # Inside the chunk: through P, and through the inverse.
+        scores = tl.zeros((BT, BT), compute)  # X dO^T
         over = tl.zeros((BT, BT), compute)  # X dR^T
         under = tl.zeros((BT, BT), compute)  # its transpose
         dots = tl.zeros((BT,), compute)
-        # Two loops: one would keep all accumulators in registers at a time, which at K = 256 are too many.
         for first in tl.range(0, last, BV, num_stages=STAGES):
             columns = V - first
-            dR_tile = _rows_of(dR + at * (BT * V) + first, V, BT, columns, BT, BV)
-            S_tile = _rows_of(S0 + at * (K * V) + first, V, K, columns, BK, BV)
-            state = dot(dR_tile, tl.trans(S_tile), state, PRECISION)
-        state = state * tl.load(factors + line, mask=alive, other=0.0)[:, None]
-        k_tile = _rows_of(k, k_t, live, K, BT, BK)
-        from_start = tl.sum(state * k_tile, 1)
-        if dk is not None:
-            grad -= state * rate[:, None]
-        for first in tl.range(0, last, BV, num_stages=STAGES):
-            columns = V - first
-            dR_tile = _rows_of(dR + at * (BT * V) + first, V, BT, columns, BT, BV)
-            X_tile = _rows_of(X + at * (BT * V) + first, V, BT, columns, BT, BV)
-            over = dot(X_tile, tl.trans(dR_tile), over, PRECISION)
-            under = dot(dR_tile, tl.trans(X_tile), under, PRECISION)
+            X_tile = _rows_of(X + at * (BT * V) + first * BT, BT, columns, BT, BV, BT)
+            dR_tile = _rows_of(dR + at * (BT * V) + first * BT, BT, columns, BT, BV, BT)
+            do_tile = _rows_of(do_at + first, do_t, live, columns, BT, BV)
+            scores = dot(tl.trans(X_tile), tl.trans(do_tile), scores, PRECISION)
+            over = dot(tl.trans(X_tile), dR_tile, over, PRECISION)
+            under = dot(tl.trans(dR_tile), X_tile, under, PRECISION)
             if dbeta is not None:
                 v_tile = _rows_of(v_at + first, v_t, live, columns, BT, BV)
-                dots += tl.sum(dR_tile.to(compute) * v_tile, 1)
+                dots += tl.sum(dR_tile.to(compute) * tl.trans(v_tile), 0)
+        k_tile = _rows_of(k, k_t, live, K, BT, BK)
+        paths = scores
+        if dg is not None:
+            paths *= tl.load(P + at * (BT * BT) + row[:, None] * BT + row[None, :])
         if gamma is not None:
             between = tl.load(gamma + at * (BT * BT) + row[:, None] * BT + row[None, :]).to(compute)
-            under = under * between
-            over = over * between
+            scores *= between
+            over *= between
+            under *= between
         if norms is not None:
-            r_k = tl.load(norms + line, mask=alive, other=0.0)
-            under = under * r_k[:, None] * r_k[None, :]
-            over = over * r_k[:, None] * r_k[None, :]
-        under = tl.where(lower, under, 0.0)
+            r_k = tl.load(norms + at * (2 * BT) + row)
+            r_q = tl.load(norms + at * (2 * BT) + BT + row)
+            scores *= r_k[:, None] * r_q[None, :]
+            over *= r_k[:, None] * r_k[None, :]
+            under *= r_k[:, None] * r_k[None, :]
+        scores = cast(tl.where(lower, 0.0, scores * scale), narrow)
         over = tl.where(upper, over * rate[None, :], 0.0)
+        under = tl.where(lower, under, 0.0)
         if (dbeta is not None) or (dg is not None):
             kk = dot(k_tile, tl.trans(k_tile), None, PRECISION)
         if dbeta is not None:
-            dots -= from_start + tl.sum(under * kk, 1)
-            tl.store(dbeta + (token + row) * HV + hv, cast(dots, dbeta.dtype.element_ty), mask=alive)
+            dots -= tl.sum(under * kk, 1)
         if dg is not None:
-            # The paths by way of the inverse, and m's own and later ones from the entry state.
-            paths = tl.where(upper, tl.cumsum(over * -kk, 1, reverse=True), -(rate * from_start)[:, None])
-            gate = tl.load(dg_start + line, mask=alive, other=0.0) + tl.sum(paths, 0)
+            # [j, m]: the paths over m from j to m or later, by way of P or of the inverse.
+            paths = _sums_from(tl.where(upper, paths - over * kk, 0.0), BT, PARTS)
+            gate = tl.sum(tl.where(upper, paths, 0.0), 0)
+        under = cast(-under * rate[:, None] - over, narrow)
+
+        # Through the chunk's exit state, and through its entry state.
+        to_end = tl.zeros((BT, BK), compute)
+        from_start = tl.zeros((BT, BK), compute)
+        whole = tl.zeros((BV, BV), compute)  # its trace is <dS1, S0>
+        for first in tl.range(0, last, BV, num_stages=STAGES):
+            columns = V - first
+            X_tile = _rows_of(X + at * (BT * V) + first * BT, BT, columns, BT, BV, BT)
+            dR_tile = _rows_of(dR + at * (BT * V) + first * BT, BT, columns, BT, BV, BT)
+            S_tile = _rows_of(S0 + at * (K * V) + first * K, K, columns, K, BV, BK)
+            dS_tile = _rows_of(dS + at * (K * V) + first * K, K, columns, K, BV, BK)
+            to_end = dot(tl.trans(X_tile), dS_tile, to_end, PRECISION)
+            from_start = dot(tl.trans(dR_tile), S_tile, from_start, PRECISION)
+            if dg is not None:
+                whole = dot(S_tile, tl.trans(dS_tile), whole, PRECISION)
+        to_end *= tl.load(factors + at * (4 * BT) + 2 * BT + row)[:, None]
+        from_start *= tl.load(factors + at * (4 * BT) + row)[:, None]
+        own = tl.sum(from_start * k_tile, 1)
+        if dbeta is not None:
+            tl.store(dbeta + (token + row) * HV + hv, cast(dots - own, dbeta.dtype.element_ty), mask=alive)
+        if dg is not None:
+            # Over m to the exit state from before it, and from the entry state to m or later; over the whole chunk.
+            own = tl.load(dg_start + at * BT + row, mask=alive, other=0.0) - rate * own
+            ends = tl.where(upper, tl.sum(to_end * k_tile, 1)[:, None], own[:, None])
+            column = tl.arange(0, BV)
+            whole = tl.sum(tl.sum(tl.where(column[:, None] == column[None, :], whole, 0.0), 1), 0)
+            total = tl.load(decay + at)
+            gate += tl.sum(ends, 0) + tl.where(total == 0, 0.0, total * whole)
             tl.store(dg + (token + row) * HV + hv, cast(gate, dg.dtype.element_ty), mask=alive)
         if dk is not None:
-            grad = dot(cast(-under * rate[:, None] - over, narrow), k_tile, grad, PRECISION)
+            grad += to_end - from_start * rate[:, None]
+            grad = dot(scores, _rows_of(q, q_t, live, K, BT, BK), grad, PRECISION)
+            grad = dot(under, k_tile, grad, PRECISION)
     if dk is not None:
         if norms is not None:
             grad = _through_norm(grad, _rows_of(k, k_t, live, K, BT, BK))
@@ -776,30 +752,34 @@ def backward(
     slots = chunk_slots(B, T, cu_seqlens, rows)
     queries = need_q or need_g
     keys = need_k or need_beta or need_g
-    S0 = q.new_empty(slots, HV, K, V) if queries or keys else None
-    X = q.new_empty(slots, HV, BT, V) if queries or keys else None
+    S0 = q.new_empty(slots, HV, V, K) if queries or keys else None
+    X = q.new_empty(slots, HV, V, BT) if queries or keys else None
     dS = torch.empty_like(S0) if keys else None
     dR = torch.empty_like(X) if keys else None
-    dg_start = torch.empty(B, HV, T, dtype=compute, device=q.device) if need_g else None
+    dg_start = torch.empty(slots, HV, BT, dtype=compute, device=q.device) if need_g else None
 
     align = alignment(q, k, v, do)
     tma = config.tma and align > 1 and rows == BT and power_of_two(K) == K
-    tma = tma and V * q.element_size() % 16 == 0 and all(x.data_ptr() % 16 == 0 for x in (q, k, v, do))
+    tma = tma and V % BV == 0 and all(x.data_ptr() % 16 == 0 for x in (q, k, v, do))
     if tma:
         allow_descriptors()
     blocks = triton.cdiv(V, BV)
     lengths = (cu_seqlens, T, N)
     sizes = {"K": K, "V": V, "ROWS": rows, "BT": BT, "BK": power_of_two(K), "BV": BV, "ALIGN": align}
-    walk = {"STAGES": config.num_stages, "TMA": tma, "PRECISION": precision(q.dtype)} | config.options
-    config = delta_rule_gradients_config(K, V, q.dtype, arch())
-    chunk_sizes = sizes | {"BV": config.BV}
-    chunk = {"STAGES": config.num_stages, "PRECISION": precision(q.dtype)} | config.options
+    walk = {"TMA": tma, "PRECISION": precision(q.dtype)} | config.options
+    # As in the forward: with more programs than multiprocessors, two that share one are faster than a third stage.
+    two = min(config.num_stages, 2)
+    stages = two if N * HV * blocks > multiprocessors(q) else config.num_stages
+
+    def by_chunk(keys: bool) -> dict:
+        row = delta_rule_gradients_config(keys, K, V, q.dtype, arch())
+        return sizes | {"BV": row.BV, "STAGES": row.num_stages, "PRECISION": precision(q.dtype)} | row.options
+
     with on_device(q):
         if T and (queries or keys):
             replay_kernel[(states.shape[0] * blocks, HV)](
                 k,
                 v,
-                beta,
                 M,
                 factors,
                 decay,
@@ -808,19 +788,17 @@ def backward(
                 X,
                 *lengths,
                 HV // H,
-                B * HV * T,
                 *k.stride()[:3],
                 *v.stride()[:3],
-                *beta.stride(),
                 **sizes,
                 CHECKPOINT=CHECKPOINT,
+                STAGES=two,
                 **walk,
             )
         if keys or need_v or need_state:
             reverse_kernel[(N * blocks, HV)](
                 q,
                 k,
-                beta,
                 do,
                 M,
                 P,
@@ -833,12 +811,11 @@ def backward(
                 dinitial_state,
                 *lengths,
                 HV // H,
-                B * HV * T,
                 *q.stride()[:3],
                 *k.stride()[:3],
-                *beta.stride(),
                 *do.stride()[:3],
                 **sizes,
+                STAGES=stages,
                 **walk,
             )
         if T and queries:
@@ -858,19 +835,16 @@ def backward(
                 T,
                 N,
                 HV // H,
-                B * HV * T,
                 *q.stride()[:3],
                 *k.stride()[:3],
                 *do.stride()[:3],
-                **chunk_sizes,
-                **chunk,
+                **by_chunk(keys=False),
             )
         if T and keys:
             key_gradients_kernel[(slots, H)](
                 q,
                 k,
                 v,
-                beta,
                 do,
                 P,
                 gamma,
@@ -890,13 +864,11 @@ def backward(
                 T,
                 N,
                 HV // H,
-                B * HV * T,
                 *q.stride()[:3],
                 *k.stride()[:3],
                 *v.stride()[:3],
-                *beta.stride(),
                 *do.stride()[:3],
-                **chunk_sizes,
-                **chunk,
+                **by_chunk(keys=True),
+                PARTS=2 if q.dtype.itemsize == 2 else 1,
             )
     return grads

@@ -21,67 +21,85 @@ import triton.language as tl
 
 from ._config import delta_rule_prepare_config
 from ._launch import arch, on_device, precision
-from ._tiles import cast, dot, first_slot, not_finite, sequence_bounds, sequence_of_slot
+from ._tiles import cast, dot, fine_dot, first_slot, not_finite, sequence_bounds, sequence_of_slot
 
 
 @triton.jit
-def _quarters(x, n: tl.constexpr):
-    """The blocks (0, 0), (1, 0) and (1, 1) of x [2n, 2n]."""
-    left, right = tl.split(tl.permute(tl.reshape(x, (2, n, 2, n)), (1, 3, 0, 2)))
-    x00, x10 = tl.split(left)
-    _, x11 = tl.split(right)
-    return x00, x10, x11
+def _substitute(blocks, BT: tl.constexpr, compute: tl.constexpr):
+    """The inverses of I + A_b for the BT / 16 strictly lower triangular diagonal blocks A_b [16, 16] at `blocks`.
 
-
-@triton.jit
-def _from_quarters(x00, x10, x11, n: tl.constexpr):
-    """The lower triangular [2n, 2n] with these blocks."""
-    x = tl.join(tl.join(x00, x10), tl.join(tl.zeros_like(x00), x11))  # [n, n, row block, column block]
-    return tl.reshape(tl.permute(x, (2, 0, 3, 1)), (2 * n, 2 * n))
-
-
-@triton.jit
-def _substitute(A):
-    """(I + A)^{-1} of strictly lower triangular blocks A [16, 16, blocks], all at once, by forward substitution."""
-    row = tl.arange(0, 16)[:, None, None]
-    column = tl.arange(0, 16)[None, :, None]
-    X = tl.where(row == column, 1.0, tl.zeros_like(A))
-    for j in tl.range(15):  # not unrolled: fewer registers
-        below = tl.sum(tl.where(column == j, A, 0.0), 1)  # column j of A
-        done = tl.sum(tl.where(row == j, X, 0.0), 0)  # row j of X, which no later step changes
-        X = tl.where(row > j, X - below[:, None, :] * done[None, :, :], X)
+    By forward substitution, row by row. Returns [BT, 16], row r being column r % 16 of the inverse of block r // 16: a
+    thread or a few hold what a step multiplies, and rows of A, which all columns of a block read, come from memory.
+    """
+    r = tl.arange(0, BT)
+    j = tl.arange(0, 16)[None, :]
+    X = tl.where(j == (r % 16)[:, None], 1.0, tl.zeros((BT, 16), compute))
+    for i in tl.static_range(1, 16):
+        A_row = tl.load(blocks + (r // 16 * 16 + i)[:, None] * 16 + j)
+        X = tl.where(j == i, X - tl.sum(A_row * X, 1)[:, None], X)
     return X
 
 
 @triton.jit
-def _merge(X00, A10, X11, PRECISION: tl.constexpr):
-    """The block (1, 0) of (I + A)^{-1} from the inverses of the diagonal blocks."""
-    return -dot(X11, dot(A10, X00, None, PRECISION), None, PRECISION)
-
-
-@triton.jit
-def _inverse(A, PRECISION: tl.constexpr):
-    """(I + A)^{-1} of one strictly lower triangular block [16, 16] or [32, 32]."""
-    if A.shape[0] == 16:
-        return tl.reshape(_substitute(tl.reshape(A, (16, 16, 1))), (16, 16))
+def _in_blocks(x, BT: tl.constexpr):
+    """[BT, BT] with x [BT, 16] as its blocks of 16 columns, all of them alike."""
+    if BT == 16:
+        return x
     else:
-        A00, A10, A11 = _quarters(A, 16)
-        X00, X11 = tl.split(_substitute(tl.join(A00, A11)))
-        return _from_quarters(X00, _merge(X00, A10, X11, PRECISION), X11, 16)
+        return tl.reshape(tl.broadcast_to(x[:, None, :], (BT, BT // 16, 16)), (BT, BT))
 
 
 @triton.jit
-def _inverse_of_two(A, B, PRECISION: tl.constexpr):
-    """`_inverse` of two blocks [32, 32]; the substitution, a chain of short steps, takes both at once."""
-    A00, A10, A11 = _quarters(A, 16)
-    B00, B10, B11 = _quarters(B, 16)
-    blocks = tl.reshape(tl.join(tl.join(A00, A11), tl.join(B00, B11)), (16, 16, 4))
-    X, Y = tl.split(tl.reshape(_substitute(blocks), (16, 16, 2, 2)))
-    A00, A11 = tl.split(X)
-    B00, B11 = tl.split(Y)
-    A = _from_quarters(A00, _merge(A00, A10, A11, PRECISION), A11, 16)
-    B = _from_quarters(B00, _merge(B00, B10, B11, PRECISION), B11, 16)
-    return A, B
+def _transposed_inverse(A, scratch, BT: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + A)^{-T} of a strictly lower triangular matrix whose transpose is A [BT, BT]; A's diagonal is not looked at.
+
+    With D the inverse of the diagonal blocks and L what lies below them, (I + A)^{-1} = D (I + L D)^{-1}, and L D is
+    nilpotent: three steps of Z <- D - Z (L D), here of the transposes, end it for four blocks.
+    """
+    j = tl.arange(0, BT)[:, None]
+    i = tl.arange(0, BT)[None, :]
+    diagonal = j // 16 == i // 16
+    tl.store(scratch + i * 16 + j % 16, tl.where(j < i, A, 0.0), mask=diagonal)
+    tl.debug_barrier()  # other threads read what one stored
+    X = _substitute(scratch, BT, A.dtype)
+    if BT == 16:
+        return X
+    else:
+        D = tl.where(diagonal, _in_blocks(X, BT), 0.0)
+        N = fine_dot(tl.where(diagonal, 0.0, A), D, None, PRECISION)
+        Z = D
+        for _ in tl.static_range(BT // 16 - 1):
+            Z = D - fine_dot(Z, N, None, PRECISION)
+        return Z
+
+
+@triton.jit
+def _decays(gates, g_t, gate, live, BT: tl.constexpr):
+    """[j, i], i >= j: e to the sum of g over (j, i], from sums of g that are each added up by themselves.
+
+    Never from differences of sums: those are wrong behind g = -1e4 and NaN behind -inf. Inside of blocks of 16 there is
+    a sum for each pair; from block to block it is the product of three factors: to the end of j's block, over whole
+    blocks, and from the start of i's.
+    """
+    row = tl.arange(0, BT)
+    t = tl.arange(0, 16)[None, :]
+    at = (row // 16 * 16)[:, None] + t
+    mask = (t > (row % 16)[:, None]) & (at < live)
+    inside = tl.load(gates + at * g_t, mask=mask, other=0.0).to(gate.dtype)
+    inside = tl.exp(tl.cumsum(inside, 1))
+    if BT == 16:
+        return inside
+    else:
+        J = (row // 16)[:, None]
+        I = (row // 16)[None, :]
+        # The last column of `inside` is the factor to the end of the block.
+        to_end = tl.sum(tl.where(t == 15, inside, 0.0), 1)
+        from_start = tl.exp(tl.reshape(tl.cumsum(tl.reshape(gate, (BT // 16, 16)), 1), (BT,)))
+        across = to_end[:, None] * from_start[None, :]
+        for b in tl.static_range(1, BT // 16 - 1):
+            over = tl.exp(tl.sum(tl.where(row // 16 == b, gate, 0.0), 0))
+            across = tl.where((b > J) & (b < I), across * over, across)
+        return tl.where(J == I, _in_blocks(inside, BT), across)
 
 
 @triton.jit
@@ -92,74 +110,8 @@ def _load_rows(x, stride, row, live, first, K: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
-def _square(x, compute: tl.constexpr):
-    x = x.to(compute)
-    return tl.sum(x * x, 1)
-
-
-@triton.jit
-def _gates(gate):
-    """Sums of g over (j, i] for i >= j, over [0, i], over (j, end) and over all, each added up by itself.
-
-    Never differences of sums: those are wrong behind g = -1e4 and NaN behind -inf.
-    """
-    i = tl.arange(0, gate.shape[0])[:, None]
-    j = tl.arange(0, gate.shape[0])[None, :]
-    later = tl.where(i > j, gate[:, None], 0.0)
-    upto = tl.sum(tl.where(i >= j, gate[None, :], 0.0), 1)
-    return tl.cumsum(later, 0), upto, tl.sum(later, 0), tl.sum(gate, 0)
-
-
-@triton.jit
-def _first_bad(bad, row, none):
-    """The first row with a True, or `none`."""
-    return tl.min(tl.where(tl.max(bad.to(tl.int32), 1) > 0, row, none), 0)
-
-
-@triton.jit
-def _store_block(x, tile, row, column, live, BT: tl.constexpr):
-    """One block of a lower triangular [BT, BT], zero outside of its live rows."""
-    i = row[:, None]
-    j = column[None, :]
-    tl.store(x + i * BT + j, cast(tl.where((i < live) & (i >= j), tile, 0.0), x.dtype.element_ty))
-
-
-@triton.jit
-def _decays(between, row, column, live):
-    """e^between on and below the diagonal; above it, where gates have no say, nothing overflows."""
-    return tl.exp(tl.where((row[:, None] < live) & (row[:, None] >= column[None, :]), between, 0.0))
-
-
-@triton.jit
-def _store_M(M, inverse, decays, row, column, live, first_bad, BT: tl.constexpr):
-    below = tl.where(row[:, None] > column[None, :], inverse * decays, 0.0)
-    _store_block(M, tl.where((row < first_bad)[:, None], below, float("nan")), row, column, live, BT)
-
-
-@triton.jit
-def _store_gamma(gamma, decays, row, column, BT: tl.constexpr):
-    """One block on or below the diagonal of a [BT, BT] that is mirrored at it."""
-    i = row[:, None]
-    j = column[None, :]
-    tile = cast(decays, gamma.dtype.element_ty)
-    tl.store(gamma + i * BT + j, tile, mask=i >= j)
-    tl.store(gamma + j * BT + i, tile, mask=i > j)
-
-
-@triton.jit
-def _store_norms(norms, step, row, live, k_norm, q_square):
-    tl.store(norms + row, k_norm, mask=row < live)
-    tl.store(norms + row + step, 1 / tl.sqrt(q_square + 1e-6), mask=row < live)
-
-
-@triton.jit
-def _store_factors(factors, step, row, live, before, after, k_norm, b_norm, rate):
-    """a, b and c of some rows, from the sums of g before and after them, and beta."""
-    entry = tl.exp(before)
-    tl.store(factors + row, entry * k_norm, mask=row < live)
-    tl.store(factors + row + step, entry * b_norm, mask=row < live)
-    tl.store(factors + row + 2 * step, tl.exp(after) * k_norm, mask=row < live)
-    tl.store(factors + row + 3 * step, rate, mask=row < live)
+def _diagonal(x, j, i):
+    return tl.sum(tl.where(j == i, x, 0.0), 1)
 
 
 @triton.jit(do_not_specialize=["T", "N", "slots", "q_b", "k_b", "beta_b", "g_b", "scale"])
@@ -170,10 +122,11 @@ def prepare_kernel(
     g,  # [B, T, HV] or None
     M,  # [slots, HV, BT, BT]
     P,  # [slots, HV, BT, BT]
-    factors,  # [4, B, HV, T]: a, b, c, beta
+    factors,  # [slots, HV, 4, BT]: a, b, c, beta
     decay,  # [slots, HV]
     gamma,  # [slots, HV, BT, BT] or None
-    norms,  # [2, B, HV, T] or None
+    norms,  # [slots, HV, 2, BT] or None
+    scratch,  # [slots, HV, BT, 16]
     cu_seqlens,  # [N + 1] or None
     scale,
     T,
@@ -221,114 +174,76 @@ def prepare_kernel(
     token = start + chunk * ROWS  # of row 0
     batch = batch.to(tl.int64)
 
-    # A chunk of 64 rows is taken in two halves: no tile is larger than 32 x 32, and none above the diagonal is made.
-    HALF: tl.constexpr = min(BT, 32)
-    TWO: tl.constexpr = BT > HALF
-    row = tl.arange(0, HALF)
-    row1 = row + HALF
-    lower = row[:, None] > row[None, :]
-
+    # Matrices are transposed, [key's row j, later row i]. Rows behind the live ones are zero from the loads on.
+    row = tl.arange(0, BT)
+    j = row[:, None]
+    i = row[None, :]
+    alive = row < live
     q += tl.multiple_of(batch * q_b, ALIGN) + token * q_t + (head // group) * q_h
     k += tl.multiple_of(batch * k_b, ALIGN) + token * k_t + (head // group) * k_h
-    zero = tl.zeros((HALF, HALF), compute)
-    none = tl.zeros((HALF,), compute)
-    kk00, qk00, kk10, qk10, kk11, qk11 = zero, zero, zero, zero, zero, zero
-    k0_square, q0_square, k1_square, q1_square = none, none, none, none
-    for first in tl.range(0, K, BK):
-        k0 = _load_rows(k, k_t, row, live, first, K, BK)
-        q0 = _load_rows(q, q_t, row, live, first, K, BK)
-        kk00 = dot(k0, tl.trans(k0), kk00, PRECISION)
-        qk00 = dot(q0, tl.trans(k0), qk00, PRECISION)
+    kk = tl.zeros((BT, BT), compute)
+    kq = tl.zeros((BT, BT), compute)
+    qq = tl.zeros((BT, BT), compute)
+    for first in tl.static_range(0, K, BK):
+        k_tile = _load_rows(k, k_t, row, live, first, K, BK)
+        q_tile = _load_rows(q, q_t, row, live, first, K, BK)
+        kk = dot(k_tile, tl.trans(k_tile), kk, PRECISION)
+        kq = dot(k_tile, tl.trans(q_tile), kq, PRECISION)
         if QK_L2NORM:
-            k0_square += _square(k0, compute)
-            q0_square += _square(q0, compute)
-        if TWO:
-            k1 = _load_rows(k, k_t, row1, live, first, K, BK)
-            q1 = _load_rows(q, q_t, row1, live, first, K, BK)
-            kk10 = dot(k1, tl.trans(k0), kk10, PRECISION)
-            qk10 = dot(q1, tl.trans(k0), qk10, PRECISION)
-            kk11 = dot(k1, tl.trans(k1), kk11, PRECISION)
-            qk11 = dot(q1, tl.trans(k1), qk11, PRECISION)
-            if QK_L2NORM:
-                k1_square += _square(k1, compute)
-                q1_square += _square(q1, compute)
+            qq = dot(q_tile, tl.trans(q_tile), qq, PRECISION)
     # r_k and scale r_q of each row
-    k0_norm = 1 / tl.sqrt(k0_square + 1e-6) if QK_L2NORM else none + 1
-    q0_norm = scale / tl.sqrt(q0_square + 1e-6) if QK_L2NORM else none + scale
-    k1_norm = 1 / tl.sqrt(k1_square + 1e-6) if QK_L2NORM else none + 1
-    q1_norm = scale / tl.sqrt(q1_square + 1e-6) if QK_L2NORM else none + scale
-    kk00 = kk00 * k0_norm[:, None] * k0_norm[None, :]
-    qk00 = qk00 * q0_norm[:, None] * k0_norm[None, :]
-    kk10 = kk10 * k1_norm[:, None] * k0_norm[None, :]
-    qk10 = qk10 * q1_norm[:, None] * k0_norm[None, :]
-    kk11 = kk11 * k1_norm[:, None] * k1_norm[None, :]
-    qk11 = qk11 * q1_norm[:, None] * k1_norm[None, :]
+    k_square = _diagonal(kk, j, i)
+    k_norm = 1 / tl.sqrt(k_square + 1e-6) if QK_L2NORM else tl.zeros((BT,), compute) + 1
+    q_norm = 1 / tl.sqrt(_diagonal(qq, j, i) + 1e-6) if QK_L2NORM else k_norm
 
-    line = HV.to(tl.int64) * T  # one factor of one batch row
-    step = line * (slots // tl.cdiv(T, ROWS) if cu_seqlens is None else 1)
     here = tl.cast(slot, tl.int64) * HV + head
-    M += here * (BT * BT)
-    P += here * (BT * BT)
-    factors += batch * line + head * T + token
     rates = beta + batch * beta_b + token * beta_t + head * beta_h
-    rate0 = tl.load(rates + row.to(tl.int64) * beta_t, mask=row < live, other=0.0).to(compute)
-    rate1 = none
-    between00, upto0, after0, whole0 = zero, none, none, tl.cast(0, compute)
-    between11, upto1, after1, whole1 = zero, none, none, tl.cast(0, compute)
-    gate0, gate1 = none, none
+    rate = tl.load(rates + row * beta_t, mask=alive, other=0.0).to(compute)
+    gate = tl.zeros((BT,), compute)
+    before = tl.where(alive, gate, float("-inf"))
+    after = before
+    tile = here * (BT * BT) + j * BT + i
+    kq *= k_norm[:, None] * (scale * q_norm)[None, :]
     if g is not None:
         gates = g + batch * g_b + token * g_t + head * g_h
-        gate0 = tl.load(gates + row.to(tl.int64) * g_t, mask=row < live, other=0.0).to(compute)
-        between00, upto0, after0, whole0 = _gates(gate0)
-    A00 = rate0[:, None] * kk00
-    # From the first row that is not finite on, every new value is NaN: products would spread it to earlier rows.
-    bad = not_finite(tl.where(row[:, None] >= row[None, :], A00, 0.0))
-    bad = bad | ((gate0 != gate0) | (gate0 == float("inf")))[:, None]
-    first_bad = _first_bad(bad, row, BT)
-    decays00 = _decays(between00, row, row, live)
-    _store_block(P, qk00 * decays00, row, row, live, BT)
-    if gamma is not None:
-        gamma += here * (BT * BT)
-        _store_gamma(gamma, decays00, row, row, BT)
-    if norms is not None:
-        norms += batch * line + head * T + token
-        _store_norms(norms, step, row, live, k0_norm, q0_square)
-    if TWO:
-        rate1 = tl.load(rates + row1.to(tl.int64) * beta_t, mask=row1 < live, other=0.0).to(compute)
-        if g is not None:
-            gate1 = tl.load(gates + row1.to(tl.int64) * g_t, mask=row1 < live, other=0.0).to(compute)
-            between11, upto1, after1, whole1 = _gates(gate1)
-        _store_factors(factors, step, row1, live, whole0 + upto1, after1, k1_norm, q1_norm, rate1)
-        A10 = rate1[:, None] * kk10
-        A11 = rate1[:, None] * kk11
-        bad = not_finite(A10) | not_finite(tl.where(row[:, None] >= row[None, :], A11, 0.0))
-        bad = bad | ((gate1 != gate1) | (gate1 == float("inf")))[:, None]
-        first_bad = tl.minimum(first_bad, _first_bad(bad, row1, BT))
-        decays11 = _decays(between11, row1, row1, live)
-        _store_block(P, zero, row, row1, live, BT)
-        _store_block(P, qk10 * _decays(upto1[:, None] + after0[None, :], row1, row, live), row1, row, live, BT)
-        _store_block(P, qk11 * decays11, row1, row1, live, BT)
-        if gamma is not None:
-            _store_gamma(gamma, _decays(upto1[:, None] + after0[None, :], row1, row, live), row1, row, BT)
-            _store_gamma(gamma, decays11, row1, row1, BT)
-        if norms is not None:
-            _store_norms(norms, step, row1, live, k1_norm, q1_square)
-    _store_factors(factors, step, row, live, upto0, after0 + whole1, k0_norm, q0_norm, rate0)
-    tl.store(decay + here, tl.exp(whole0 + whole1))
+        gate = tl.load(gates + row * g_t, mask=alive, other=0.0).to(compute)
+        following = tl.load(gates + (row + 1) * g_t, mask=row + 1 < live, other=0.0).to(compute)
+        before += tl.cumsum(gate, 0)
+        after += tl.cumsum(following, 0, reverse=True)
+        decays = _decays(gates, g_t, gate, live, BT)
+        kq *= decays
+        if gamma is not None:  # mirrored at the diagonal
+            narrow = cast(decays, gamma.dtype.element_ty)
+            tl.store(gamma + tile, narrow, mask=j <= i)
+            tl.store(gamma + here * (BT * BT) + i * BT + j, narrow, mask=j < i)
+    # What lies above the diagonal, whatever it is, is left out, not multiplied by 0.
+    tl.store(P + tile, cast(tl.where(j <= i, kq, 0.0), P.dtype.element_ty))
 
-    A00 = tl.where(lower & (row < first_bad)[:, None], A00, 0.0)
-    if TWO:
-        A10 = tl.where((row1 < first_bad)[:, None], A10, 0.0)
-        A11 = tl.where(lower & (row1 < first_bad)[:, None], A11, 0.0)
-        X00, X11 = _inverse_of_two(A00, A11, INVERSE_PRECISION)
-        X10 = _merge(X00, A10, X11, INVERSE_PRECISION)
-        decays10 = _decays(upto1[:, None] + after0[None, :], row1, row, live)
-        _store_block(M, zero, row, row1, live, BT)
-        _store_M(M, X10, decays10, row1, row, live, first_bad, BT)
-        _store_M(M, X11, decays11, row1, row1, live, first_bad, BT)
-    else:
-        X00 = _inverse(A00, INVERSE_PRECISION)
-    _store_M(M, X00, decays00, row, row, live, first_bad, BT)
+    entry = tl.exp(before)
+    factors += here * (4 * BT) + row
+    tl.store(factors, entry * k_norm)
+    tl.store(factors + BT, entry * (scale * q_norm))
+    tl.store(factors + 2 * BT, tl.exp(after) * k_norm)
+    tl.store(factors + 3 * BT, rate)
+    tl.store(decay + here, tl.exp(tl.sum(gate, 0)))
+    if norms is not None:
+        tl.store(norms + here * (2 * BT) + row, k_norm)
+        tl.store(norms + here * (2 * BT) + BT + row, q_norm)
+
+    A = tl.where(j <= i, kk * k_norm[:, None] * (k_norm * rate)[None, :], 0.0)
+    # From the first row that is not finite on, every new value is NaN: products would spread it to earlier rows.
+    # No product of keys is larger than the largest square of one so far.
+    lost = not_finite(tl.cumsum(k_square * k_norm * k_norm, 0) * rate) | (before != before) | (before == float("inf"))
+    first_lost = tl.min(tl.where(lost, row, BT), 0)
+    if first_lost < BT:
+        A = tl.where(i < first_lost, A, 0.0)
+    inverse = _transposed_inverse(A, scratch + here * (16 * BT), BT, INVERSE_PRECISION)
+    if g is not None:
+        inverse *= decays
+    if first_lost < BT:
+        inverse = tl.where((i >= first_lost) & (i < live), float("nan"), inverse)
+    diagonal = tl.where((i >= first_lost) & (i < live), float("nan"), 0.0)
+    tl.store(M + tile, cast(tl.where(j < i, inverse, tl.where(j == i, diagonal, 0.0)), M.dtype.element_ty))
 
 
 class Chunks(NamedTuple):
@@ -336,10 +251,10 @@ class Chunks(NamedTuple):
 
     M: torch.Tensor  # [slots, HV, BT, BT]
     P: torch.Tensor  # [slots, HV, BT, BT]
-    factors: torch.Tensor  # [4, B, HV, T]: a, b, c, beta
+    factors: torch.Tensor  # [slots, HV, 4, BT]: a, b, c, beta; zeros behind the live rows
     decay: torch.Tensor  # [slots, HV]
     gamma: torch.Tensor | None  # [slots, HV, BT, BT]: e^{G_i - G_j}, mirrored above the diagonal
-    norms: torch.Tensor | None  # [2, B, HV, T]: r_k, r_q
+    norms: torch.Tensor | None  # [slots, HV, 2, BT]: r_k, r_q
 
 
 def chunk_slots(B: int, T: int, cu_seqlens: torch.Tensor | None, rows: int) -> int:
@@ -385,10 +300,11 @@ def prepare(q, k, beta, g, cu_seqlens, *, scale, qk_l2norm, forward, BT, rows=No
     compute = torch.promote_types(q.dtype, torch.float32)
     M = torch.empty(slots, HV, BT, BT, dtype=q.dtype, device=q.device)
     P = torch.empty_like(M)
-    factors = torch.empty(4, B, HV, T, dtype=compute, device=q.device)
+    factors = torch.empty(slots, HV, 4, BT, dtype=compute, device=q.device)
     decay = torch.empty(slots, HV, dtype=compute, device=q.device)
+    scratch = torch.empty(slots, HV, BT, 16, dtype=compute, device=q.device)
     gamma = None if forward or g is None else torch.empty_like(M)
-    norms = torch.empty_like(factors[:2]) if qk_l2norm and not forward else None
+    norms = torch.empty_like(factors[:, :, :2]) if qk_l2norm and not forward else None
     if slots and T:
         with on_device(q):
             prepare_kernel[(slots, HV)](
@@ -402,6 +318,7 @@ def prepare(q, k, beta, g, cu_seqlens, *, scale, qk_l2norm, forward, BT, rows=No
                 decay,
                 gamma,
                 norms,
+                scratch,
                 cu_seqlens,
                 scale,
                 T,
@@ -426,5 +343,5 @@ def prepare(q, k, beta, g, cu_seqlens, *, scale, qk_l2norm, forward, BT, rows=No
 
 
 def inverse_precision(dtype: torch.dtype) -> str:
-    """Three TF32 products are as good as float32 beside the rounding of 16-bit results; float32 gets float32."""
-    return "tf32x3" if dtype.itemsize == 2 and arch().startswith("sm_") else "ieee"
+    """TF32 is good enough beside the rounding of 16-bit results; float32 gets float32."""
+    return "tf32" if dtype.itemsize == 2 and arch().startswith("sm_") else "ieee"
