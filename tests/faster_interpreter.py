@@ -240,7 +240,7 @@ def install() -> None:
                 signature(args, key, handles)
                 if kwargs:
                     for name, x in kwargs.items():
-                        key.append(name)
+                        key.append((name,))
                         signature((x,), key, handles)
             except _NotRepeatable:
                 return member(*args, _semantic=_semantic, **kwargs)
