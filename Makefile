@@ -37,8 +37,7 @@ lint: install
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
-# One worker process a core, at most four; one that is done takes tests from another. Threads wait without spinning:
-# with more of them than cores, spinning made a test of twenty seconds one of twelve minutes.
+# One worker process a core, at most four; one that is done takes tests from another. Threads wait without spinning.
 WORKERS ?= auto
 PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal
 
