@@ -37,25 +37,27 @@ lint: install
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
-# Two processes at a time: Triton's interpreter is slow, and takes one core.
+# One worker process a core, at most four; one that is done takes tests from another. Threads wait without spinning.
+WORKERS ?= auto
+PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal
+
 test: install $(OTHER_TRITONS:%=$(VENV)/triton-%)
 	$(INSTALL_NATIVE)
-	$(MAKE) -j2 --output-sync=line test-kernels test-cpu test-tritons
+	$(PYTEST)
+	$(MAKE) test-tritons
 
 test-cpu:
-	$(PYTHON) -m pytest -k "not triton"
+	$(PYTEST) -k "not triton"
 
-# Layers and adapters call the same launchers, slowly here: KERNEL_TESTS=triton takes their tests too.
-KERNEL_TESTS ?= triton and not test_layers and not test_compat
 test-kernels:
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -k "$(KERNEL_TESTS)"
+	$(PYTEST) -k triton
 
 # The Triton kernels in the interpreter of the other versions; TRITON_TESTS=tests takes every test that runs them.
-TRITON_TESTS ?= tests/test_delta_rule_triton.py tests/test_causal_conv1d_triton.py
+TRITON_TESTS ?= tests/test_delta_rule_triton.py tests/test_causal_conv1d_triton.py tests/test_faster_interpreter.py
 test-tritons: $(OTHER_TRITONS:%=test-triton-%)
 
 test-triton-%: $(VENV)/triton-%
-	PYTHONPATH=$(CURDIR)/$(VENV)/triton-$* OMP_NUM_THREADS=1 $(PYTHON) -m pytest -k triton $(TRITON_TESTS)
+	PYTHONPATH=$(CURDIR)/$(VENV)/triton-$* $(PYTEST) -k triton $(TRITON_TESTS)
 
 $(VENV)/triton-%: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install -q --no-deps --upgrade --target $@ triton==$*

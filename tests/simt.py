@@ -2,6 +2,7 @@
 """The CUDA kernels on CPU tensors: `csrc/*_cuda.cu` compiled for the host behind the shim of `csrc/simt_shim.h`."""
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 from pathlib import Path
@@ -26,10 +27,13 @@ def why_not() -> str | None:
 def load() -> None:
     """Register `torch.ops.fla_ops_simt`, compiled anew if a source has changed since the last time."""
     library = CACHE / f"_C_simt-{_fingerprint()}.so"
-    if not library.exists():
-        for old in CACHE.glob("_C_simt-*.so"):
-            old.unlink()
-        _build.build_simt(CSRC, library)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed: tests run in several processes
+        if not library.exists():
+            for old in CACHE.glob("_C_simt-*.so"):
+                old.unlink()
+            _build.build_simt(CSRC, library)
     torch.ops.load_library(library)
     for family in (causal_conv1d, delta_rule):
         family.register_fakes("fla_ops_simt")

@@ -22,7 +22,7 @@ from fla_ops.reference.delta_rule import l2norm
 def run(*args: str, **environment: str) -> subprocess.CompletedProcess:
     """`fla-ops ARGS` in a new process, as installed: the working directory is not on sys.path."""
     code = "import sys; from fla_ops.cli import main; sys.exit(main(sys.argv[1:]))"
-    env = os.environ | {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "2"} | environment
+    env = os.environ | {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"} | environment
     return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, env=env, check=False)
 
 
