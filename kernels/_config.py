@@ -45,12 +45,13 @@ def delta_rule_prepare_config(K: int, BT: int, dtype: torch.dtype, arch: str) ->
 def delta_rule_forward_config(K: int, V: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
     """One program a sequence, value head and BV value columns; the state [K, BV] lives in registers."""
     if INTERPRET:
-        return LaunchConfig(BT=64 if dtype != torch.float32 else 32, BV=_power_of_two(V))
+        return LaunchConfig(BT=16 if dtype == torch.float32 else 64, BV=_power_of_two(V))
     if dtype.itemsize == 2:
         # Hopper takes operands from shared memory; elsewhere they share the registers with the state: half the columns.
         BV = (64 if K <= 128 else 32) // (1 if _roomy(arch) else 2)
         stages = 1 if arch.startswith("gfx") else 3 if _roomy(arch) and K <= 128 else 2  # AMD: 64 KB of shared memory
-        return LaunchConfig(BT=64, BV=min(_power_of_two(V), BV), num_warps=4, num_stages=stages, tma=_has_tma(arch))
+        warps = 4 if K <= 128 or not _roomy(arch) else 8
+        return LaunchConfig(BT=64, BV=min(_power_of_two(V), BV), num_warps=warps, num_stages=stages, tma=_has_tma(arch))
     # Products without tensor cores take their operands through registers: with 32 rows they spill by the thousand.
     return LaunchConfig(BT=16, BV=16, num_warps=_warps(256 if K <= 128 else 512, arch), num_stages=1)
 
@@ -60,7 +61,7 @@ def delta_rule_backward_config(K: int, V: int, dtype: torch.dtype, arch: str) ->
     config = delta_rule_forward_config(K, V, dtype, arch)
     if dtype.itemsize == 2:
         if _roomy(arch):
-            return config
+            return config if K <= 128 else replace(config, num_stages=1)
         return replace(config, num_warps=_warps(256, arch), num_stages=1)
     return config
 
@@ -68,7 +69,7 @@ def delta_rule_backward_config(K: int, V: int, dtype: torch.dtype, arch: str) ->
 def delta_rule_gradients_config(keys: bool, K: int, V: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
     """One program a chunk and query head; BV value columns of states and values at a time. `keys`: of the keys."""
     if INTERPRET:
-        return LaunchConfig(BT=64 if dtype != torch.float32 else 32, BV=_power_of_two(V))
+        return LaunchConfig(BT=16 if dtype == torch.float32 else 64, BV=_power_of_two(V))
     BT = delta_rule_forward_config(K, V, dtype, arch).BT
     if dtype.itemsize == 2:
         BV = min(_power_of_two(V), 64 if K <= 128 and _roomy(arch) else 32)
