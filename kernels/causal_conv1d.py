@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from . import _config
-from ._launch import arch, multiprocessors, on_device
+from ._launch import arch, cdiv, multiprocessors, on_device
 from ._launch import why_not as _why_not_here
 from ._operators import operator
 from ._tiles import cast, sequence_bounds
@@ -810,9 +810,9 @@ def forward(x, weight, bias, initial_state, cu_seqlens, *, activation):
     if N == 0:
         return y.zero_(), final_state
     config, constants = _config_for("forward", W, x, y)
-    time_blocks, channel_blocks = triton.cdiv(L, config.BT), triton.cdiv(D, config.BD)
+    time_blocks, channel_blocks = cdiv(L, config.BT), cdiv(D, config.BD)
     tiles = B * time_blocks * channel_blocks
-    programs = tiles + (N * triton.cdiv(D, STATE_CHANNELS) if W > 1 else 0)
+    programs = tiles + (N * cdiv(D, STATE_CHANNELS) if W > 1 else 0)
     if programs:
         with on_device(x):
             _forward_kernel[(programs,)](
@@ -845,17 +845,17 @@ def backward(x, weight, bias, initial_state, cu_seqlens, dy, dfinal_state, *, ac
         return [d if d is None else d.zero_() for d in grads]
 
     config, constants = _config_for("backward", W, x, dy, dx)
-    channel_blocks = triton.cdiv(D, config.BD)
-    time_tiles = triton.cdiv(L, config.BT) if need_x or need_weight or need_bias else 0
+    channel_blocks = cdiv(D, config.BD)
+    time_tiles = cdiv(L, config.BT) if need_x or need_weight or need_bias else 0
     # Programs that go through many tiles leave few partial sums; enough of them are left to fill the device.
     steps = max(1, min(MAX_STEPS, B * time_tiles * channel_blocks // (FILL * multiprocessors(x))))
-    time_blocks = triton.cdiv(time_tiles, steps)
+    time_blocks = cdiv(time_tiles, steps)
     partial = None
     if need_weight or need_bias:
         accumulator = torch.promote_types(x.dtype, torch.float32)
         partial = x.new_empty(B * time_blocks, W + 1, D, dtype=accumulator)
     tiles = B * time_blocks * channel_blocks
-    programs = tiles + (N * triton.cdiv(D, STATE_CHANNELS) if need_state and W > 1 else 0)
+    programs = tiles + (N * cdiv(D, STATE_CHANNELS) if need_state and W > 1 else 0)
     with on_device(x):
         if programs:
             _backward_kernel[(programs,)](
@@ -867,7 +867,7 @@ def backward(x, weight, bias, initial_state, cu_seqlens, dy, dfinal_state, *, ac
             )  # fmt: skip
         if partial is not None:
             config = _config.causal_conv1d_reduce(arch())
-            _reduce_kernel[(triton.cdiv(D, config.BD), W + 1)](
+            _reduce_kernel[(cdiv(D, config.BD), W + 1)](
                 partial, dweight, dbias, partial.shape[0], D, W=W, BR=config.BT, BD=config.BD, **config.options
             )  # fmt: skip
     return grads
@@ -886,7 +886,7 @@ def step(x, weight, bias, *, state, activation, state_indices):
         return y
     config = _config.causal_conv1d_step(D, arch())
     with on_device(x):
-        _step_kernel[(B * triton.cdiv(D, config.BD),)](
+        _step_kernel[(B * cdiv(D, config.BD),)](
             x, *_strides(x, 2), weight, *_strides(weight, 2), bias, *_strides(bias, 1), state, *_strides(state, 3),
             state_indices, *_strides(state_indices, 1), y, D, state.shape[0],
             W=weight.shape[1], BD=config.BD, SILU=activation is not None, **config.options,

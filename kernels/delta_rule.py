@@ -27,7 +27,7 @@ import triton.language as tl
 
 from . import _launch
 from ._config import CHECKPOINT, delta_rule_forward_config, delta_rule_step_config
-from ._launch import allow_descriptors, arch, multiprocessors, on_device, precision
+from ._launch import allow_descriptors, arch, cdiv, multiprocessors, on_device, precision
 from ._operators import operator
 from ._tiles import (
     cast,
@@ -551,8 +551,8 @@ def _segment_chunks(chunks: int, programs: int, N: int, x: torch.Tensor) -> int 
     if torch.are_deterministic_algorithms_enabled():
         return None
     segments = multiprocessors(x) // programs
-    length = max(16, triton.cdiv(chunks, max(segments, 1)))
-    return triton.cdiv(length, CHECKPOINT) * CHECKPOINT if 4 * length * N <= chunks else None
+    length = max(16, cdiv(chunks, max(segments, 1)))
+    return cdiv(length, CHECKPOINT) * CHECKPOINT if 4 * length * N <= chunks else None
 
 
 def _results(q, k, v, beta, g, initial_state, cu_seqlens, *, scale, qk_l2norm, save_states, rows=None):
@@ -603,8 +603,8 @@ def forward(q, k, v, beta, g, initial_state, cu_seqlens, *, scale, qk_l2norm, sa
     tma = config.tma and align > 1 and V % align == 0 and all(x.data_ptr() % 16 == 0 for x in (q, k, v))
     if tma:
         allow_descriptors()
-    chunks = B * triton.cdiv(T, rows)
-    blocks = triton.cdiv(V, BV)
+    chunks = B * cdiv(T, rows)
+    blocks = cdiv(V, BV)
     segment = _segment_chunks(chunks, HV * blocks, N, q)
     sizes = {"K": K, "V": V, "ROWS": rows, "BT": BT, "BK": power_of_two(K), "BV": BV, "ALIGN": align}
     # With more programs than multiprocessors, two that share one are faster than a third stage, which leaves no room.
@@ -648,7 +648,7 @@ def _entries(k, v, M, factors, decay, initial_state, lengths, slots, sizes, laun
     cu_seqlens, T, N, segment = lengths
     maps = torch.empty(slots, HV, K, K + V, dtype=compute, device=v.device)
     entry = torch.empty(slots, HV, K, V, dtype=compute, device=v.device)
-    map_kernel[(slots * (triton.cdiv(K, BV) + triton.cdiv(V, BV)), HV)](
+    map_kernel[(slots * (cdiv(K, BV) + cdiv(V, BV)), HV)](
         k,
         v,
         M,
@@ -662,7 +662,7 @@ def _entries(k, v, M, factors, decay, initial_state, lengths, slots, sizes, laun
         **sizes,
         **launch,
     )
-    chain_kernel[(N * triton.cdiv(V, 16), HV)](
+    chain_kernel[(N * cdiv(V, 16), HV)](
         maps,
         initial_state,
         entry,
@@ -697,7 +697,7 @@ def step(q, k, v, beta, g, *, state, scale, qk_l2norm, state_indices):
     o = _step_result(q, k, v)
     if B:
         with on_device(q):
-            step_kernel[(B, HV, triton.cdiv(V, config.BV))](
+            step_kernel[(B, HV, cdiv(V, config.BV))](
                 q,
                 k,
                 v,

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 
 from ._config import CHECKPOINT, delta_rule_backward_config, delta_rule_gradients_config
-from ._launch import allow_descriptors, arch, multiprocessors, on_device, precision
+from ._launch import allow_descriptors, arch, cdiv, multiprocessors, on_device, precision
 from ._operators import operator
 from ._tiles import (
     cast,
@@ -763,7 +763,7 @@ def backward(
     tma = tma and V % BV == 0 and all(x.data_ptr() % 16 == 0 for x in (q, k, v, do))
     if tma:
         allow_descriptors()
-    blocks = triton.cdiv(V, BV)
+    blocks = cdiv(V, BV)
     lengths = (cu_seqlens, T, N)
     sizes = {"K": K, "V": V, "ROWS": rows, "BT": BT, "BK": power_of_two(K), "BV": BV, "ALIGN": align}
     walk = {"TMA": tma, "PRECISION": precision(q.dtype)} | config.options

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from ._config import delta_rule_prepare_config
-from ._launch import arch, on_device, precision
+from ._launch import arch, cdiv, on_device, precision
 from ._tiles import cast, dot, fine_dot, first_slot, not_finite, sequence_bounds, sequence_of_slot
 
 
@@ -259,13 +259,13 @@ class Chunks(NamedTuple):
 
 def chunk_slots(B: int, T: int, cu_seqlens: torch.Tensor | None, rows: int) -> int:
     """The number of chunk slots: known without reading a length of a packed sequence."""
-    per_row = triton.cdiv(T, rows)
+    per_row = cdiv(T, rows)
     return B * per_row if cu_seqlens is None else per_row + cu_seqlens.shape[0] - 1
 
 
 def power_of_two(n: int) -> int:
     """The extent of a tile that holds n channels: products take 16 at least."""
-    return max(16, triton.next_power_of_2(n))
+    return max(16, 1 << (n - 1).bit_length())
 
 
 def wider(q: torch.Tensor, v: torch.Tensor) -> torch.dtype | None:
