@@ -66,15 +66,20 @@ def delta_rule_backward_config(K: int, V: int, dtype: torch.dtype, arch: str) ->
     return config
 
 
-def delta_rule_gradients_config(keys: bool, K: int, V: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
-    """One program a chunk and query head; BV value columns of states and values at a time. `keys`: of the keys."""
+def delta_rule_gradients_config(
+    keys: bool, grouped: bool, K: int, V: int, dtype: torch.dtype, arch: str
+) -> LaunchConfig:
+    """One program a chunk and query head; BV value columns of states and values at a time.
+
+    `keys`: of the keys, not of the queries. `grouped`: a program adds several value heads.
+    """
     if INTERPRET:
         return LaunchConfig(BT=16 if dtype == torch.float32 else 64, BV=_power_of_two(V))
     BT = delta_rule_forward_config(K, V, dtype, arch).BT
     if dtype.itemsize == 2:
         BV = min(_power_of_two(V), 64 if K <= 128 and _roomy(arch) else 32)
         stages = 1 if arch.startswith("gfx") else 2
-        wide = K > 128 or (K > 64 and (keys or not _roomy(arch)))
+        wide = K > 128 or (K > 64 and (keys or grouped or not _roomy(arch)))
         return LaunchConfig(BT=BT, BV=BV, num_warps=_warps(256 if wide else 128, arch), num_stages=stages)
     return LaunchConfig(BT=BT, BV=16, num_warps=_warps(128 if K <= 128 else 256, arch), num_stages=1)
 

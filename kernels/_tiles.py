@@ -28,15 +28,23 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def fine_dot(a, b, acc, PRECISION: tl.constexpr):
-    """`dot` of float32 tiles that are worth more than 16 bits, in TF32 or IEEE arithmetic.
-
-    TF32 products cut operands to 10 bits of mantissa. Triton's interpreter does not: cut them there.
-    """
-    if INTERPRET:
-        if PRECISION == "tf32":
-            a = (a.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
-            b = (b.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    """`dot` of float32 tiles that are worth more than 16 bits, in TF32 or IEEE arithmetic."""
+    if PRECISION == "tf32":
+        a = _to_tf32(a)
+        b = _to_tf32(b)
     return dot(a, b, acc, PRECISION)
+
+
+@triton.jit
+def _to_tf32(x):
+    """x rounded to the 10 bits of mantissa that tensor cores look at; they would cut off the rest, for twice the error.
+
+    Triton's interpreter multiplies all bits: there the rest goes.
+    """
+    bits = x.to(tl.uint32, bitcast=True) + 0x1000
+    if INTERPRET:
+        bits = bits & 0xFFFFE000
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -84,7 +84,8 @@ def _walk(
     CHECKPOINT: tl.constexpr,  # save the state that enters every so many chunks; 0 saves none
     CAREFUL: tl.constexpr,
     STAGES: tl.constexpr,
-    TMA: tl.constexpr,
+    TMA: tl.constexpr,  # load inputs by descriptors
+    OWN_TMA: tl.constexpr,  # load what `prepare` made by descriptors
     PRECISION: tl.constexpr,
 ):
     """The state after the chunks.
@@ -97,7 +98,7 @@ def _walk(
     for chunk in tl.range(first, last, num_stages=STAGES, disable_licm=CAREFUL):
         token = chunk * ROWS
         k_tile = load_tile(k, token, length, k_t, K, BT, BK, TMA)
-        M_tile = load_tile(M, chunk * HV * BT, last * HV * BT, BT, BT, BT, BT, TMA)
+        M_tile = load_tile(M, chunk * HV * BT, last * HV * BT, BT, BT, BT, BT, OWN_TMA)
         line = chunk * HV * (4 * BT)
         whole = tl.load(decay + tl.cast(chunk, tl.int64) * HV)
         if CHECKPOINT:
@@ -106,9 +107,9 @@ def _walk(
                 store_state(states + at, S, V, K, columns, BK, BV)
 
         low = cast(S, DTYPE)
-        R = dot(low, tl.trans(k_tile), None, PRECISION) * load_vector(factors, line, BT, TMA)[None, :]
+        R = dot(low, tl.trans(k_tile), None, PRECISION) * load_vector(factors, line, BT, OWN_TMA)[None, :]
         v_tile = tl.trans(load_tile(v, token, length, v_t, columns, BT, BV, TMA))
-        R = (tl.where(values, v_tile, 0.0) - R) * load_vector(factors, line + 3 * BT, BT, TMA)[None, :]
+        R = (tl.where(values, v_tile, 0.0) - R) * load_vector(factors, line + 3 * BT, BT, OWN_TMA)[None, :]
         if CAREFUL:
             lost = not_finite(cast(R, DTYPE))
             R = tl.where(lost, 0.0, R)
@@ -120,8 +121,8 @@ def _walk(
             X = dot(cast(R, DTYPE), M_tile, R, PRECISION)
         if OUTPUT:
             q_tile = load_tile(q, token, length, q_t, K, BT, BK, TMA)
-            P_tile = load_tile(P, chunk * HV * BT, last * HV * BT, BT, BT, BT, BT, TMA)
-            O = dot(low, tl.trans(q_tile), None, PRECISION) * load_vector(factors, line + BT, BT, TMA)[None, :]
+            P_tile = load_tile(P, chunk * HV * BT, last * HV * BT, BT, BT, BT, BT, OWN_TMA)
+            O = dot(low, tl.trans(q_tile), None, PRECISION) * load_vector(factors, line + BT, BT, OWN_TMA)[None, :]
             if CAREFUL:
                 bad = not_finite(X)
                 O = dot(cast(tl.where(bad, 0.0, X), DTYPE), P_tile, O, PRECISION)
@@ -130,7 +131,7 @@ def _walk(
                 O = dot(cast(X, DTYPE), P_tile, O, PRECISION)
             O = tl.trans(cast(O, DTYPE))
             store_tile(o, O, token, tl.minimum(length - token, ROWS), HV * V, columns, BT, BV, TMA and ROWS == BT)
-        c = load_vector(factors, line + 2 * BT, BT, TMA)
+        c = load_vector(factors, line + 2 * BT, BT, OWN_TMA)
         S = dot(cast(X * c[None, :], DTYPE), k_tile, S * whole, PRECISION)
     return S
 
@@ -187,7 +188,8 @@ def forward_kernel(
     SPLIT: tl.constexpr,  # whether sequences are cut into segments
     CHECKPOINT: tl.constexpr,
     STAGES: tl.constexpr,
-    TMA: tl.constexpr,
+    TMA: tl.constexpr,  # load inputs by descriptors
+    OWN_TMA: tl.constexpr,  # load what `prepare` made by descriptors
     PRECISION: tl.constexpr,
 ):
     blocks: tl.constexpr = (V + BV - 1) // BV
@@ -218,9 +220,9 @@ def forward_kernel(
     q_source = tile_source(q, length, q_t, K, BT, BK, TMA)
     k_source = tile_source(k, length, k_t, K, BT, BK, TMA)
     v_source = tile_source(v, length, v_t, columns, BT, BV, TMA)
-    factor_source = vector_source(factors + at * (4 * BT), chunks * HV * (4 * BT), BT, TMA)
-    M_source = tile_source(M + at * (BT * BT), chunks * HV * BT, BT, BT, BT, BT, TMA)
-    P_source = tile_source(P + at * (BT * BT), chunks * HV * BT, BT, BT, BT, BT, TMA)
+    factor_source = vector_source(factors + at * (4 * BT), chunks * HV * (4 * BT), BT, OWN_TMA)
+    M_source = tile_source(M + at * (BT * BT), chunks * HV * BT, BT, BT, BT, BT, OWN_TMA)
+    P_source = tile_source(P + at * (BT * BT), chunks * HV * BT, BT, BT, BT, BT, OWN_TMA)
     if CHECKPOINT:
         states += (first_of(cu_seqlens, n, start, T, ROWS * CHECKPOINT) * HV + head) * (K * V) + block * BV
     if entry is not None:
@@ -259,6 +261,7 @@ def forward_kernel(
         CAREFUL=False,
         STAGES=STAGES,
         TMA=TMA,
+        OWN_TMA=OWN_TMA,
         PRECISION=PRECISION,
     )
     if last == chunks:
@@ -297,6 +300,7 @@ def forward_kernel(
             CAREFUL=True,
             STAGES=1,
             TMA=TMA,
+            OWN_TMA=OWN_TMA,
             PRECISION=PRECISION,
         )
 
@@ -328,7 +332,8 @@ def map_kernel(
     BV: tl.constexpr,
     ALIGN: tl.constexpr,
     STAGES: tl.constexpr,
-    TMA: tl.constexpr,
+    TMA: tl.constexpr,  # load inputs by descriptors
+    OWN_TMA: tl.constexpr,  # load what `prepare` made by descriptors
     PRECISION: tl.constexpr,
 ):
     """What each segment but the last does to the state that enters it: one program a block of columns of the map."""
@@ -354,8 +359,8 @@ def map_kernel(
     decay += at
     k_source = tile_source(k, length, k_t, K, BT, BK, TMA)
     v_source = tile_source(v, length, v_t, tl.where(values, columns, V), BT, BV, TMA)
-    factor_source = vector_source(factors + at * (4 * BT), chunks * HV * (4 * BT), BT, TMA)
-    M_source = tile_source(M + at * (BT * BT), chunks * HV * BT, BT, BT, BT, BT, TMA)
+    factor_source = vector_source(factors + at * (4 * BT), chunks * HV * (4 * BT), BT, OWN_TMA)
+    M_source = tile_source(M + at * (BT * BT), chunks * HV * BT, BT, BT, BT, BT, OWN_TMA)
     identity = (tl.arange(0, BK)[None, :] == first_column + tl.arange(0, BV)[:, None]) & (block < key_blocks)
     S = identity.to(factors.dtype.element_ty)
     S = _walk(
@@ -390,6 +395,7 @@ def map_kernel(
         CAREFUL=False,
         STAGES=STAGES,
         TMA=TMA,
+        OWN_TMA=OWN_TMA,
         PRECISION=PRECISION,
     )
     maps += (slot.to(tl.int64) * HV + head) * (K * (K + V)) + tl.where(values, K, 0) + first_column
@@ -601,15 +607,17 @@ def forward(q, k, v, beta, g, initial_state, cu_seqlens, *, scale, qk_l2norm, sa
     M, P, factors, decay, _, _ = prepare(q, k, beta, g, cu_seqlens, **options)
     align = alignment(q, k, v)
     tma = config.tma and align > 1 and V % align == 0 and all(x.data_ptr() % 16 == 0 for x in (q, k, v))
-    if tma:
+    if config.tma:
         allow_descriptors()
     chunks = B * cdiv(T, rows)
     blocks = cdiv(V, BV)
     segment = _segment_chunks(chunks, HV * blocks, N, q)
     sizes = {"K": K, "V": V, "ROWS": rows, "BT": BT, "BK": power_of_two(K), "BV": BV, "ALIGN": align}
     # With more programs than multiprocessors, two that share one are faster than a third stage, which leaves no room.
-    stages = min(config.num_stages, 2 if N * HV * blocks > multiprocessors(q) or segment else 3)
-    launch = {"STAGES": stages, "TMA": tma, "PRECISION": precision(q.dtype)} | config.options
+    # Loads through registers have none for it either.
+    few = N * HV * blocks <= multiprocessors(q) and segment is None
+    stages = config.num_stages if few and tma else min(config.num_stages, 2)
+    launch = {"STAGES": stages, "TMA": tma, "OWN_TMA": config.tma, "PRECISION": precision(q.dtype)} | config.options
     lengths = (cu_seqlens, T, N, segment or chunks + 1)
     slots = chunk_slots(B, max(T, 1), cu_seqlens, rows * segment) if segment else N
     with on_device(q):

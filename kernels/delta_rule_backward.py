@@ -87,7 +87,8 @@ def _replay(
     DTYPE: tl.constexpr,  # of the products' operands
     CAREFUL: tl.constexpr,
     STAGES: tl.constexpr,
-    TMA: tl.constexpr,
+    TMA: tl.constexpr,  # load inputs by descriptors
+    OWN_TMA: tl.constexpr,  # load what `prepare` made by descriptors
     PRECISION: tl.constexpr,
 ):
     """The state behind the chunks; writes every chunk's entry state and new values. CAREFUL as in `_walk_back`."""
@@ -96,14 +97,14 @@ def _replay(
         end = tl.minimum(length, token + ROWS)
         k_tile = load_tile(k, token, end, k_t, K, BT, BK, TMA)
         v_tile = load_tile(v, token, end, v_t, columns, BT, BV, TMA)
-        M_tile = load_tile(M, chunk * HV * BT, last * HV * BT, BT, BT, BT, BT, TMA)
+        M_tile = load_tile(M, chunk * HV * BT, last * HV * BT, BT, BT, BT, BT, OWN_TMA)
         line = chunk * HV * (4 * BT)
         total = tl.load(decay + tl.cast(chunk, tl.int64) * HV)
 
         low = cast(S, DTYPE)
         store_tile(S0, low, chunk * HV * V, columns, K, K, BV, BK, TMA)
-        x = dot(low, tl.trans(k_tile), None, PRECISION) * load_vector(factors, line, BT, TMA)[None, :]
-        x = (tl.trans(v_tile) - x) * load_vector(factors, line + 3 * BT, BT, TMA)[None, :]
+        x = dot(low, tl.trans(k_tile), None, PRECISION) * load_vector(factors, line, BT, OWN_TMA)[None, :]
+        x = (tl.trans(v_tile) - x) * load_vector(factors, line + 3 * BT, BT, OWN_TMA)[None, :]
         R = cast(x, DTYPE)
         if CAREFUL:
             x = dot(_finite(R), M_tile, _finite(x), PRECISION)
@@ -111,7 +112,7 @@ def _replay(
         else:
             x = dot(R, M_tile, x, PRECISION)
         store_tile(X, cast(x, DTYPE), chunk * HV * V, columns, BT, BT, BV, BT, TMA)
-        c = load_vector(factors, line + 2 * BT, BT, TMA)
+        c = load_vector(factors, line + 2 * BT, BT, OWN_TMA)
         S = dot(cast(x * c[None, :], DTYPE), k_tile, S * total, PRECISION)
     return S
 
@@ -145,7 +146,8 @@ def replay_kernel(
     ALIGN: tl.constexpr,  # the batch strides of k and v are multiples of this
     CHECKPOINT: tl.constexpr,  # chunks from one saved state to the next
     STAGES: tl.constexpr,
-    TMA: tl.constexpr,
+    TMA: tl.constexpr,  # load inputs by descriptors
+    OWN_TMA: tl.constexpr,  # load what `prepare` made by descriptors
     PRECISION: tl.constexpr,
 ):
     blocks: tl.constexpr = (V + BV - 1) // BV
@@ -161,28 +163,29 @@ def replay_kernel(
         return
 
     columns = V - block * BV
+    own = tl.cast(block * BV, tl.int64)  # its first column
     at = first_of(cu_seqlens, n, start, T, ROWS) * HV + head
     k += tl.multiple_of(batch * k_b, ALIGN) + start * k_t + (head // group) * k_h
     v += tl.multiple_of(batch * v_b, ALIGN) + start * v_t + head * v_h + block * BV
     decay += at
     k_source = tile_source(k, length, k_t, K, BT, BK, TMA)
     v_source = tile_source(v, length, v_t, columns, BT, BV, TMA)
-    factor_source = vector_source(factors + at * (4 * BT), chunks * HV * (4 * BT), BT, TMA)
-    M_source = tile_source(M + at * (BT * BT), chunks * HV * BT, BT, BT, BT, BT, TMA)
-    S0_target = tile_source(S0 + at * (K * V) + block * (BV * K), chunks * HV * V, K, K, BV, BK, TMA)
-    X_target = tile_source(X + at * (BT * V) + block * (BV * BT), chunks * HV * V, BT, BT, BV, BT, TMA)
+    factor_source = vector_source(factors + at * (4 * BT), chunks * HV * (4 * BT), BT, OWN_TMA)
+    M_source = tile_source(M + at * (BT * BT), chunks * HV * BT, BT, BT, BT, BT, OWN_TMA)
+    S0_target = tile_source(S0 + at * (K * V) + own * K, chunks * HV * V, K, K, BV, BK, TMA)
+    X_target = tile_source(X + at * (BT * V) + own * BT, chunks * HV * V, BT, BT, BV, BT, TMA)
     states += (tl.cast(slot, tl.int64) * HV + head) * (K * V) + block * BV
 
     S = load_state(states, V, K, columns, BK, BV)
     S = _replay(
         S, k_source, v_source, M_source, factor_source, decay, S0_target, X_target, first, last, length, k_t, v_t,
-        HV, columns, K, V, ROWS, BT, BK, BV, k.dtype.element_ty, False, STAGES, TMA, PRECISION,
+        HV, columns, K, V, ROWS, BT, BK, BV, k.dtype.element_ty, False, STAGES, TMA, OWN_TMA, PRECISION,
     )  # fmt: skip
     if tl.sum(not_finite(S).to(tl.int32)) > 0:
         S = load_state(states, V, K, columns, BK, BV)
         _replay(
             S, k_source, v_source, M_source, factor_source, decay, S0_target, X_target, first, last, length, k_t, v_t,
-            HV, columns, K, V, ROWS, BT, BK, BV, k.dtype.element_ty, True, 1, TMA, PRECISION,
+            HV, columns, K, V, ROWS, BT, BK, BV, k.dtype.element_ty, True, 1, TMA, OWN_TMA, PRECISION,
         )  # fmt: skip
 
 
@@ -216,7 +219,8 @@ def _walk_back(
     DTYPE: tl.constexpr,  # of the products' operands
     CAREFUL: tl.constexpr,
     STAGES: tl.constexpr,
-    TMA: tl.constexpr,
+    TMA: tl.constexpr,  # load inputs by descriptors
+    OWN_TMA: tl.constexpr,  # load what `prepare` made by descriptors
     PRECISION: tl.constexpr,
 ):
     """The gradient of the state entering chunk `first`.
@@ -232,15 +236,15 @@ def _walk_back(
         q_tile = load_tile(q, token, end, q_t, K, BT, BK, TMA)
         k_tile = load_tile(k, token, end, k_t, K, BT, BK, TMA)
         do_tile = load_tile(do, token, end, do_t, columns, BT, BV, TMA)
-        M_tile = load_tile(M, chunk * HV * BT, last * HV * BT, BT, BT, BT, BT, TMA)
-        P_tile = load_tile(P, chunk * HV * BT, last * HV * BT, BT, BT, BT, BT, TMA)
+        M_tile = load_tile(M, chunk * HV * BT, last * HV * BT, BT, BT, BT, BT, OWN_TMA)
+        P_tile = load_tile(P, chunk * HV * BT, last * HV * BT, BT, BT, BT, BT, OWN_TMA)
         line = chunk * HV * (4 * BT)
         total = tl.load(decay + tl.cast(chunk, tl.int64) * HV)
 
         low = cast(ds, DTYPE)
         if dS is not None:
             store_tile(dS, low, chunk * HV * V, columns, K, K, BV, BK, TMA)
-        dx = dot(low, tl.trans(k_tile), None, PRECISION) * load_vector(factors, line + 2 * BT, BT, TMA)[None, :]
+        dx = dot(low, tl.trans(k_tile), None, PRECISION) * load_vector(factors, line + 2 * BT, BT, OWN_TMA)[None, :]
         do_tile = tl.trans(do_tile)
         if CAREFUL:
             dx = dot(_finite(do_tile), tl.trans(P_tile), dx, PRECISION)
@@ -253,11 +257,11 @@ def _walk_back(
             dr = dot(cast(dx, DTYPE), tl.trans(M_tile), dx, PRECISION)
         if dR is not None:
             store_tile(dR, cast(dr, DTYPE), chunk * HV * V, columns, BT, BT, BV, BT, TMA)
-        dr = dr * load_vector(factors, line + 3 * BT, BT, TMA)[None, :]
+        dr = dr * load_vector(factors, line + 3 * BT, BT, OWN_TMA)[None, :]
         if dv is not None:
             store_tile(dv, tl.trans(cast(dr, DTYPE)), token, end - token, HV * V, columns, BT, BV, TMA)
-        a = load_vector(factors, line, BT, TMA)
-        b = load_vector(factors, line + BT, BT, TMA)
+        a = load_vector(factors, line, BT, OWN_TMA)
+        b = load_vector(factors, line + BT, BT, OWN_TMA)
         if tl.float16 == DTYPE:
             # Its smallest number is 6e-8: the largest factor stays outside of the products.
             largest = tl.maximum(tl.max(tl.maximum(tl.abs(a), tl.abs(b)), 0), 1.2e-38)
@@ -318,7 +322,8 @@ def reverse_kernel(
     BV: tl.constexpr,
     ALIGN: tl.constexpr,  # the batch strides of q, k and do are multiples of this
     STAGES: tl.constexpr,
-    TMA: tl.constexpr,
+    TMA: tl.constexpr,  # load inputs by descriptors
+    OWN_TMA: tl.constexpr,  # load what `prepare` made by descriptors
     PRECISION: tl.constexpr,
 ):
     blocks: tl.constexpr = (V + BV - 1) // BV
@@ -329,6 +334,7 @@ def reverse_kernel(
     n, batch, start, length, _ = segment_of_slot(n, cu_seqlens, N, T, ROWS, False)
     chunks = tl.cdiv(length, ROWS)
     columns = V - block * BV
+    own = tl.cast(block * BV, tl.int64)  # its first column
     at = first_of(cu_seqlens, n, start, T, ROWS) * HV + head
     q += tl.multiple_of(batch * q_b, ALIGN) + start * q_t + (head // group) * q_h
     k += tl.multiple_of(batch * k_b, ALIGN) + start * k_t + (head // group) * k_h
@@ -337,9 +343,9 @@ def reverse_kernel(
     q_source = tile_source(q, length, q_t, K, BT, BK, TMA)
     k_source = tile_source(k, length, k_t, K, BT, BK, TMA)
     do_source = tile_source(do, length, do_t, columns, BT, BV, TMA)
-    factor_source = vector_source(factors + at * (4 * BT), chunks * HV * (4 * BT), BT, TMA)
-    M_source = tile_source(M + at * (BT * BT), chunks * HV * BT, BT, BT, BT, BT, TMA)
-    P_source = tile_source(P + at * (BT * BT), chunks * HV * BT, BT, BT, BT, BT, TMA)
+    factor_source = vector_source(factors + at * (4 * BT), chunks * HV * (4 * BT), BT, OWN_TMA)
+    M_source = tile_source(M + at * (BT * BT), chunks * HV * BT, BT, BT, BT, BT, OWN_TMA)
+    P_source = tile_source(P + at * (BT * BT), chunks * HV * BT, BT, BT, BT, BT, OWN_TMA)
     if dv is not None:
         dv += (batch * T * HV + head) * V + block * BV
         if cu_seqlens is not None:  # rows that no sequence covers
@@ -349,20 +355,20 @@ def reverse_kernel(
                 zero_rows(dv, start + length, T, HV * V, columns, BT, BV)
         dv = tile_source(dv + start * (HV * V), length, HV * V, columns, BT, BV, TMA)
     if dR is not None:
-        dR = tile_source(dR + at * (BT * V) + block * (BV * BT), chunks * HV * V, BT, BT, BV, BT, TMA)
+        dR = tile_source(dR + at * (BT * V) + own * BT, chunks * HV * V, BT, BT, BV, BT, TMA)
     if dS is not None:
-        dS = tile_source(dS + at * (K * V) + block * (BV * K), chunks * HV * V, K, K, BV, BK, TMA)
+        dS = tile_source(dS + at * (K * V) + own * K, chunks * HV * V, K, K, BV, BK, TMA)
 
     ds = _zero_or(dfinal_state, n, head, HV, block, columns, K, V, BK, BV, factors.dtype.element_ty)
     ds = _walk_back(
         ds, q_source, k_source, do_source, M_source, P_source, factor_source, decay, dv, dR, dS, 0, chunks, length, q_t,
-        k_t, do_t, HV, columns, K, V, ROWS, BT, BK, BV, k.dtype.element_ty, False, STAGES, TMA, PRECISION,
+        k_t, do_t, HV, columns, K, V, ROWS, BT, BK, BV, k.dtype.element_ty, False, STAGES, TMA, OWN_TMA, PRECISION,
     )  # fmt: skip
     if tl.sum(not_finite(ds).to(tl.int32)) > 0:
         ds = _zero_or(dfinal_state, n, head, HV, block, columns, K, V, BK, BV, factors.dtype.element_ty)
         ds = _walk_back(
             ds, q_source, k_source, do_source, M_source, P_source, factor_source, decay, dv, dR, dS, 0, chunks, length,
-            q_t, k_t, do_t, HV, columns, K, V, ROWS, BT, BK, BV, k.dtype.element_ty, True, 1, TMA, PRECISION,
+            q_t, k_t, do_t, HV, columns, K, V, ROWS, BT, BK, BV, k.dtype.element_ty, True, 1, TMA, OWN_TMA, PRECISION,
         )  # fmt: skip
     if dinitial_state is not None:
         ds = cast(ds, dinitial_state.dtype.element_ty)
@@ -412,16 +418,26 @@ def _rolled(V: tl.constexpr, BV: tl.constexpr):
 def _sums_from(x, BT: tl.constexpr, PARTS: tl.constexpr):
     """[j, m]: the sum of x over i >= m in row j, as a product with a triangle of ones.
 
-    On tensor cores with x in two bfloat16 PARTS, 16 bits together; in IEEE arithmetic where PARTS is 1.
+    On tensor cores with x in two bfloat16 PARTS, 16 bits together; in IEEE arithmetic where PARTS is 1. The product
+    multiplies by the zeros of the triangle too, so what is not finite is kept out of it, and put where it belongs.
     """
     row = tl.arange(0, BT)
+    triangle = tl.where(row[:, None] >= row[None, :], 1.0, tl.zeros_like(x))
+    bad = not_finite(x)
+    any_bad = tl.sum(tl.sum(bad.to(tl.int32), 1), 0) > 0
+    if any_bad:
+        x = tl.where(bad, 0.0, x)
     if PARTS == 1:
-        return dot(x, tl.where(row[:, None] >= row[None, :], 1.0, tl.zeros_like(x)), None, "ieee")
+        sums = dot(x, triangle, None, "ieee")
     else:
-        ones = cast(tl.where(row[:, None] >= row[None, :], 1.0, 0.0), tl.bfloat16)
+        ones = cast(triangle, tl.bfloat16)
         high = cast(x, tl.bfloat16)
         sums = dot(high, ones, None, "ieee")
-        return dot(cast(x - high.to(x.dtype), tl.bfloat16), ones, sums, "ieee")
+        sums = dot(cast(x - high.to(x.dtype), tl.bfloat16), ones, sums, "ieee")
+    if any_bad:
+        counted: tl.constexpr = x.dtype if PARTS == 1 else tl.bfloat16
+        sums = tl.where(spread(bad, counted, False, "ieee"), float("nan"), sums)
+    return sums
 
 
 @triton.jit
@@ -761,18 +777,17 @@ def backward(
     align = alignment(q, k, v, do)
     tma = config.tma and align > 1 and rows == BT and power_of_two(K) == K
     tma = tma and V % BV == 0 and all(x.data_ptr() % 16 == 0 for x in (q, k, v, do))
-    if tma:
+    if config.tma:
         allow_descriptors()
     blocks = cdiv(V, BV)
     lengths = (cu_seqlens, T, N)
     sizes = {"K": K, "V": V, "ROWS": rows, "BT": BT, "BK": power_of_two(K), "BV": BV, "ALIGN": align}
-    walk = {"TMA": tma, "PRECISION": precision(q.dtype)} | config.options
-    # As in the forward: with more programs than multiprocessors, two that share one are faster than a third stage.
+    walk = {"TMA": tma, "OWN_TMA": config.tma, "PRECISION": precision(q.dtype)} | config.options
     two = min(config.num_stages, 2)
-    stages = two if N * HV * blocks > multiprocessors(q) else config.num_stages
+    stages = config.num_stages if N * HV * blocks <= multiprocessors(q) and tma else two  # as in the forward
 
     def by_chunk(keys: bool) -> dict:
-        row = delta_rule_gradients_config(keys, K, V, q.dtype, arch())
+        row = delta_rule_gradients_config(keys, HV > H, K, V, q.dtype, arch())
         return sizes | {"BV": row.BV, "STAGES": row.num_stages, "PRECISION": precision(q.dtype)} | row.options
 
     with on_device(q):

@@ -295,6 +295,8 @@ def prepare(q, k, beta, g, cu_seqlens, *, scale, qk_l2norm, forward, BT, rows=No
     B, T, H, K = q.shape
     HV = beta.shape[2]
     rows = rows or BT
+    # A chunk's offsets are 32 bits wide.
+    beta, g = (x if x is None or x.stride(1) < 2**24 else x.contiguous() for x in (beta, g))
     slots = chunk_slots(B, T, cu_seqlens, rows)
     config = delta_rule_prepare_config(K, BT, q.dtype, arch())
     compute = torch.promote_types(q.dtype, torch.float32)
