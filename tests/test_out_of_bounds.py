@@ -43,11 +43,20 @@ def in_wider_rows(x):
 
 
 @in_interpreter("delta_rule")
-@pytest.mark.parametrize("axis", range(3), ids=["batch", "token", "head"])
-def test_delta_rule_offsets_beyond_32_bits(axis):
-    shape = {"B": 3, "T": 1, "H": 1, "HV": 1} if axis == 0 else {"T": 67, "H": 1, "HV": 1} if axis == 1 else {"T": 2}
-    shape |= {"H": 3, "HV": 3} if axis == 2 else {}
-    x = random_inputs(**shape, K=16, V=16, dtype=torch.bfloat16, state=torch.bfloat16)
+@pytest.mark.parametrize(
+    ("axis", "shape"),
+    [
+        (0, {"B": 3, "T": 1, "H": 1, "HV": 1}),
+        (1, {"T": 3, "H": 1, "HV": 1}),
+        (1, {"T": 193, "H": 1, "HV": 1}),
+        (2, {"T": 2, "H": 3, "HV": 3}),
+    ],
+    ids=["batch", "token of a tile", "token of a chunk", "head"],
+)
+def test_delta_rule_offsets_beyond_32_bits(axis, shape):
+    """Heads of 32 channels: narrower ones are computed in a wider dtype, so that kernels would see a dense copy. Far
+    tokens too are copied for the backward, unless there are 129 of them: strides below 2^24."""
+    x = random_inputs(**shape, K=32, V=32, dtype=torch.bfloat16, state=torch.bfloat16)
     do, ds = random_cotangents(x)
 
     def run(q, k, v, do):
@@ -180,10 +189,15 @@ def test_causal_conv1d(monkeypatch, shape, packed):
 
 
 @in_interpreter("causal_conv1d")
-@pytest.mark.parametrize("axis", range(3), ids=["batch", "channel", "token"])
-def test_causal_conv1d_offsets_beyond_32_bits(axis):
-    near = [torch.randn(3, 3, 20, dtype=torch.bfloat16) for _ in range(2)]
-    weight, state = torch.randn(3, 4), torch.randn(3, 3, 3)
+@pytest.mark.parametrize(
+    ("axis", "entries", "L"),
+    [(0, 3, 20), (0, 2, 24), (1, 3, 20), (1, 2, 24), (2, 3, 20)],
+    ids=["batch", "batch stride", "channel", "channel stride", "token"],
+)
+def test_causal_conv1d_offsets_beyond_32_bits(axis, entries, L):
+    """A stride is passed divided by what divides it for sure, and overflows by itself when it is multiplied again."""
+    near = [torch.randn(entries, entries, L, dtype=torch.bfloat16) for _ in range(2)]
+    weight, state = torch.randn(entries, 4), torch.randn(entries, entries, 3)
 
     def run(x, dy):
         leaf = [t.detach().requires_grad_() for t in (x, weight, state)]

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The suite sees what it is there for: each fault below, planted in a copy of the Triton kernels, fails a test named.
+
+Four kinds of fault. A dropped mask and a swapped operand change values, which the comparison with the reference sees,
+or touch memory that is not the kernel's, which the watch of test_out_of_bounds.py sees; a 32-bit offset is the latter
+(`make report` looks for those too, in what the compiler makes of every kernel). A missing barrier cannot be seen here,
+since Triton's interpreter runs a program as one thread: `test_a_barrier_dropped_from_a_real_kernel_shows` in
+test_simt.py takes out each one of the CUDA kernels.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parent.parent
+VALUES = r" in assert_matches_reference\n(.*\n)*E +AssertionError"
+MEMORY = r"AssertionError: \w+: (load|store) of \d+ elements outside of all of its tensors"
+
+
+class Fault(NamedTuple):
+    what: str
+    file: str  # of kernels/
+    text: str  # stands there once
+    instead: str
+    test: str
+    seen: str = VALUES
+
+
+FAULTS = [
+    Fault(
+        "dropped mask: channels behind a row's end are read as its own",
+        "_tiles.py",
+        "tl.load(source + at, mask=(row < rows)[:, None] & (column < columns)[None, :], other=0.0)",
+        "tl.load(source + at, mask=(row < rows)[:, None], other=0.0)",
+        "test_delta_rule_triton.py::test_every_row_in_bfloat16[20-36-sm_80]",
+    ),
+    Fault(
+        "dropped mask: rows behind the last token are read; their factors are 0, which hides all but NaN",
+        "_tiles.py",
+        "tl.load(source + at, mask=(row < rows)[:, None] & (column < columns)[None, :], other=0.0)",
+        "tl.load(source + at, mask=(column < columns)[None, :], other=0.0)",
+        "test_out_of_bounds.py::test_delta_rule[nothing fits-batch]",
+        MEMORY,
+    ),
+    Fault(
+        "dropped mask: rows behind the last token are written",
+        "_tiles.py",
+        "tl.store(target + at, x, mask=(row < rows)[:, None] & (column < columns)[None, :])",
+        "tl.store(target + at, x, mask=(column < columns)[None, :])",
+        "test_out_of_bounds.py::test_delta_rule[nothing fits-batch]",
+        MEMORY,
+    ),
+    Fault(
+        "dropped mask: queries see the later keys of their chunk",
+        "delta_rule_prepare.py",
+        "tl.where(j <= i, kq, 0.0)",
+        "kq",
+        "test_delta_rule.py::test_lengths[triton-gated-17]",
+    ),
+    Fault(
+        "swapped operands: k q^T for q k^T",
+        "delta_rule_prepare.py",
+        "kq = dot(k_tile, tl.trans(q_tile), kq, PRECISION)",
+        "kq = dot(q_tile, tl.trans(k_tile), kq, PRECISION)",
+        "test_delta_rule.py::test_lengths[triton-gated-17]",
+    ),
+    Fault(
+        "swapped operands: blocks of the inverse, which do not commute",
+        "delta_rule_prepare.py",
+        "fine_dot(Z, N, None, PRECISION)",
+        "fine_dot(N, Z, None, PRECISION)",
+        "test_delta_rule_triton.py::test_live_rows[one-63]",
+    ),
+    Fault(
+        "swapped operands: the decay from a chunk's start for the one to its end",
+        "delta_rule_prepare.py",
+        "tl.store(factors + 2 * BT, tl.exp(after) * k_norm)",
+        "tl.store(factors + 2 * BT, tl.exp(before) * k_norm)",
+        "test_delta_rule.py::test_lengths[triton-gated-17]",
+    ),
+    Fault(
+        "swapped operands: new values and their gradient in the keys' gradient",
+        "delta_rule_backward.py",
+        "over = dot(tl.trans(X_tile), dR_tile, over, PRECISION)",
+        "over = dot(tl.trans(dR_tile), X_tile, over, PRECISION)",
+        "test_delta_rule.py::test_lengths[triton-gated-17]",
+    ),
+    Fault(
+        "swapped operands: a filter's taps from the other end",
+        "causal_conv1d.py",
+        "z += weight[s] * taps[s]",
+        "z += weight[W - 1 - s] * taps[s]",
+        "test_causal_conv1d.py::test_backend_matches_reference[triton-torch.float64]",
+    ),
+    Fault(
+        "32-bit offset: of a batch row behind 2^31 elements",
+        "delta_rule_prepare.py",
+        "batch = batch.to(tl.int64)",
+        "batch = batch.to(tl.int32)",
+        "test_out_of_bounds.py::test_delta_rule_offsets_beyond_32_bits[batch]",
+        MEMORY,
+    ),
+]
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A copy of the package without its native library, laid out as it is installed."""
+    kept_out = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(ROOT / "fla_ops", tmp_path / "fla_ops", ignore=kept_out)
+    shutil.copytree(ROOT / "kernels", tmp_path / "fla_ops" / "kernels", ignore=kept_out)
+    return tmp_path / "fla_ops"
+
+
+def run(package, tests):
+    """(exit code, output) of tests in a process of their own, whose `fla_ops` is `package`."""
+    ours = ("PYTEST_", "FLA_OPS_")  # an outer pytest's workers and options
+    env = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    env |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+    env |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env["PYTHONPATH"] = os.pathsep.join([str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    options = ["-x", "-q", "--tb=short", "-p", "no:cacheprovider", f"--rootdir={ROOT}"]
+    command = [sys.executable, "-m", "pytest", *options, *(f"tests/{test}" for test in tests)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_faultless_copy_of_the_triton_kernels_passes(package):
+    """So that a failure below is the fault's. Every test is one of its own, none is skipped."""
+    tests = sorted({fault.test for fault in FAULTS})
+    code, output = run(package, tests)
+    assert code == 0 and re.search(rf"^{len(tests)} passed in", output, re.MULTILINE), output[-4000:]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
+def test_a_fault_in_a_triton_kernel_is_caught(fault, package):
+    """Exit code 1 is a failed test; 2, 4 and 5 are errors of the planting."""
+    path = package / "kernels" / fault.file
+    source = path.read_text(encoding="utf-8")
+    assert source.count(fault.text) == 1, f"kernels/{fault.file} has changed: plant this fault anew. {fault.what}"
+    path.write_text(source.replace(fault.text, fault.instead), encoding="utf-8")
+    code, output = run(package, [fault.test])
+    assert code == 1 and re.search(fault.seen, output), f"{fault.what}: exit code {code}\n{output[-4000:]}"
