@@ -47,7 +47,7 @@ from ._tiles import (
     zero_rows,
 )
 from .delta_rule_backward import backward  # noqa: F401 - this module offers it
-from .delta_rule_prepare import alignment, chunk_slots, power_of_two, prepare, wider
+from .delta_rule_prepare import alignment, chunk_slots, padded, padded_sizes, power_of_two, prepare, wider
 
 MAX_HEAD_DIM = 256
 
@@ -572,7 +572,8 @@ def _results(q, k, v, beta, g, initial_state, cu_seqlens, *, scale, qk_l2norm, s
     o = torch.empty(B, T, HV, V, dtype=v.dtype, device=v.device)
     final = torch.empty(N, HV, K, V, dtype=compute, device=v.device)
     saved = chunk_slots(B, T, cu_seqlens, rows * CHECKPOINT)
-    states = torch.empty((saved, HV, K, V) if save_states else 0, dtype=wide or compute, device=v.device)
+    sizes = (K, V) if wide else padded_sizes(q, v)
+    states = torch.empty((saved, HV, *sizes) if save_states else 0, dtype=wide or compute, device=v.device)
     return o, final, states
 
 
@@ -593,6 +594,12 @@ def forward(q, k, v, beta, g, initial_state, cu_seqlens, *, scale, qk_l2norm, sa
         return o.to(v.dtype), final.float(), states
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
+    sizes = padded_sizes(q, v)
+    if sizes != (K, V):
+        Kp, Vp = sizes
+        inputs = (padded(q, Kp), padded(k, Kp), padded(v, Vp), beta, g, padded(initial_state, Kp, Vp), cu_seqlens)
+        o, final, states = forward(*inputs, scale=scale, qk_l2norm=qk_l2norm, save_states=save_states, rows=rows)
+        return o[..., :V].contiguous(), final[..., :K, :V].contiguous(), states
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     config = delta_rule_forward_config(K, V, q.dtype, arch())
     BT, BV, rows = config.BT, config.BV, rows or config.BT
@@ -606,7 +613,7 @@ def forward(q, k, v, beta, g, initial_state, cu_seqlens, *, scale, qk_l2norm, sa
     options = {"scale": scale, "qk_l2norm": qk_l2norm, "forward": True, "BT": BT, "rows": rows}
     M, P, factors, decay, _, _ = prepare(q, k, beta, g, cu_seqlens, **options)
     align = alignment(q, k, v)
-    tma = config.tma and align > 1 and V % align == 0 and all(x.data_ptr() % 16 == 0 for x in (q, k, v))
+    tma = config.tma and align > 1 and power_of_two(K) == K and all(x.data_ptr() % 16 == 0 for x in (q, k, v))
     if config.tma:
         allow_descriptors()
     chunks = B * cdiv(T, rows)

@@ -47,7 +47,7 @@ from ._tiles import (
     vector_source,
     zero_rows,
 )
-from .delta_rule_prepare import alignment, chunk_slots, power_of_two, prepare, wider
+from .delta_rule_prepare import alignment, chunk_slots, padded, padded_sizes, power_of_two, prepare, wider
 
 
 @triton.jit
@@ -501,7 +501,7 @@ def query_gradients_kernel(
     q += tl.multiple_of(batch * q_b, ALIGN) + token * q_t + head * q_h
     k += tl.multiple_of(batch * k_b, ALIGN) + token * k_t + head * k_h
     grad = tl.zeros((BT, BK), compute)
-    for member in tl.range(group, disable_licm=True):
+    for member in tl.range(group, num_stages=1, disable_licm=True):
         hv = head * group + member
         at = tl.cast(slot, tl.int64) * HV + hv
         do_at = do + tl.multiple_of(batch * do_b, ALIGN) + token * do_t + hv * do_h
@@ -616,7 +616,7 @@ def key_gradients_kernel(
     q += tl.multiple_of(batch * q_b, ALIGN) + token * q_t + head * q_h
     k += tl.multiple_of(batch * k_b, ALIGN) + token * k_t + head * k_h
     grad = tl.zeros((BT, BK), compute)
-    for member in tl.range(group, disable_licm=True):
+    for member in tl.range(group, num_stages=1, disable_licm=True):
         hv = head * group + member
         at = tl.cast(slot, tl.int64) * HV + hv
         do_at = do + tl.multiple_of(batch * do_b, ALIGN) + token * do_t + hv * do_h
@@ -670,7 +670,8 @@ def key_gradients_kernel(
         # Through the chunk's exit state, and through its entry state.
         to_end = tl.zeros((BT, BK), compute)
         from_start = tl.zeros((BT, BK), compute)
-        whole = tl.zeros((BV, BV), compute)  # its trace is <dS1, S0>
+        # <dS1, S0>: on tensor cores the trace of a product; in IEEE arithmetic a sum of short sums, which rounds less.
+        whole = tl.zeros((BK,), compute) if PARTS == 1 else tl.zeros((BV, BV), compute)
         for first in tl.range(0, last, BV, num_stages=STAGES):
             columns = V - first
             X_tile = _rows_of(X + at * (BT * V) + first * BT, BT, columns, BT, BV, BT)
@@ -680,7 +681,10 @@ def key_gradients_kernel(
             to_end = dot(tl.trans(X_tile), dS_tile, to_end, PRECISION)
             from_start = dot(tl.trans(dR_tile), S_tile, from_start, PRECISION)
             if dg is not None:
-                whole = dot(S_tile, tl.trans(dS_tile), whole, PRECISION)
+                if PARTS == 1:
+                    whole += tl.sum(S_tile.to(compute) * dS_tile, 0)
+                else:
+                    whole = dot(S_tile, tl.trans(dS_tile), whole, PRECISION)
         to_end *= tl.load(factors + at * (4 * BT) + 2 * BT + row)[:, None]
         from_start *= tl.load(factors + at * (4 * BT) + row)[:, None]
         own = tl.sum(from_start * k_tile, 1)
@@ -690,8 +694,10 @@ def key_gradients_kernel(
             # Over m to the exit state from before it, and from the entry state to m or later; over the whole chunk.
             own = tl.load(dg_start + at * BT + row, mask=alive, other=0.0) - rate * own
             ends = tl.where(upper, tl.sum(to_end * k_tile, 1)[:, None], own[:, None])
-            column = tl.arange(0, BV)
-            whole = tl.sum(tl.sum(tl.where(column[:, None] == column[None, :], whole, 0.0), 1), 0)
+            if PARTS == 2:
+                column = tl.arange(0, BV)
+                whole = tl.sum(tl.where(column[:, None] == column[None, :], whole, 0.0), 1)
+            whole = tl.sum(whole, 0)
             total = tl.load(decay + at)
             gate += tl.sum(ends, 0) + tl.where(total == 0, 0.0, total * whole)
             tl.store(dg + (token + row) * HV + hv, cast(gate, dg.dtype.element_ty), mask=alive)
@@ -749,6 +755,14 @@ def backward(
         return [x if x is None else x.to(q.dtype) for x in grads[:3]] + list(grads[3:])
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
+    sizes = padded_sizes(q, v)
+    if sizes != (K, V):
+        Kp, Vp = sizes
+        inputs = (padded(q, Kp), padded(k, Kp), padded(v, Vp), beta, g, padded(initial_state, Kp, Vp), cu_seqlens)
+        ends = (states, padded(do, Vp), padded(dfinal_state, Kp, Vp))
+        grads = backward(*inputs, *ends, scale=scale, qk_l2norm=qk_l2norm, needs=needs, rows=rows)
+        cuts = ((..., slice(K)), (..., slice(K)), (..., slice(V)), ..., ..., (..., slice(K), slice(V)))
+        return [x if x is None else x[cut].contiguous() for x, cut in zip(grads, cuts, strict=True)]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     need_q, need_k, need_v, need_beta, need_g, need_state = needs
     compute = torch.promote_types(q.dtype, torch.float32)
