@@ -263,8 +263,9 @@ def _walk_back(
         a = load_vector(factors, line, BT, OWN_TMA)
         b = load_vector(factors, line + BT, BT, OWN_TMA)
         if tl.float16 == DTYPE:
-            # Its smallest number is 6e-8: the largest factor stays outside of the products.
-            largest = tl.maximum(tl.max(tl.maximum(tl.abs(a), tl.abs(b)), 0), 1.2e-38)
+            # Its smallest number is 6e-8: the largest factor stays outside of the products, but not that of a zero row
+            # under qk_l2norm, 1000, which would make all others small.
+            largest = tl.minimum(tl.maximum(tl.max(tl.maximum(tl.abs(a), tl.abs(b)), 0), 1.2e-38), 8.0)
             a = a / largest
             b = b / largest
             total = total / largest
@@ -516,9 +517,15 @@ def query_gradients_kernel(
             scores = dot(do_tile, X_tile, scores, PRECISION)
         line = at * BT + row
         b = tl.load(factors + at * (4 * BT) + BT + row)
+        if norms is not None:  # r_q stays outside of the products until the end: float16 would overflow
+            r_k = tl.load(norms + at * (2 * BT) + row)
+            r_q = tl.load(norms + at * (2 * BT) + BT + row)
+            b = b / r_q
         state = state * b[:, None]
         if dg_start is not None:
             own = tl.sum(state * _rows_of(q, q_t, live, K, BT, BK), 1)
+            if norms is not None:
+                own *= r_q
             tl.store(dg_start + line, own, mask=row < live)
         if dq is not None:
             grad += state
@@ -526,14 +533,12 @@ def query_gradients_kernel(
             if gamma is not None:
                 scores = scores * tl.load(gamma + at * (BT * BT) + row[:, None] * BT + row[None, :])
             if norms is not None:
-                r_k = tl.load(norms + at * (2 * BT) + row)
-                r_q = tl.load(norms + at * (2 * BT) + BT + row)
-                scores = scores * r_q[:, None] * r_k[None, :]
+                scores = scores * r_k[None, :]
             scores = tl.where(row[:, None] >= row[None, :], scores * scale, 0.0)
             grad = dot(cast(scores, narrow), k_tile, grad, PRECISION)
     if dq is not None:
-        if norms is not None:
-            grad = _through_norm(grad, _rows_of(q, q_t, live, K, BT, BK))
+        if norms is not None:  # a group's heads share r_q
+            grad = _through_norm(grad * r_q[:, None], _rows_of(q, q_t, live, K, BT, BK))
         store_tile(dq, cast(grad, narrow), token, live, H * K, K, BT, BK, False)
 
 
@@ -621,7 +626,14 @@ def key_gradients_kernel(
         at = tl.cast(slot, tl.int64) * HV + hv
         do_at = do + tl.multiple_of(batch * do_b, ALIGN) + token * do_t + hv * do_h
         v_at = v + tl.multiple_of(batch * v_b, ALIGN) + token * v_t + hv * v_h
+        entry = tl.load(factors + at * (4 * BT) + row)
+        exit = tl.load(factors + at * (4 * BT) + 2 * BT + row)
         rate = tl.load(factors + at * (4 * BT) + 3 * BT + row)
+        if norms is not None:  # r_k of a row stays outside of the products until the end: float16 would overflow
+            r_k = tl.load(norms + at * (2 * BT) + row)
+            r_q = tl.load(norms + at * (2 * BT) + BT + row)
+            entry = entry / r_k
+            exit = exit / r_k
 
         # Inside the chunk: through P, and through the inverse.
         scores = tl.zeros((BT, BT), compute)  # X dO^T
@@ -649,16 +661,16 @@ def key_gradients_kernel(
             over *= between
             under *= between
         if norms is not None:
-            r_k = tl.load(norms + at * (2 * BT) + row)
-            r_q = tl.load(norms + at * (2 * BT) + BT + row)
-            scores *= r_k[:, None] * r_q[None, :]
-            over *= r_k[:, None] * r_k[None, :]
-            under *= r_k[:, None] * r_k[None, :]
+            scores *= r_q[None, :]
+            over *= r_k[None, :]
+            under *= r_k[None, :]
         scores = cast(tl.where(lower, 0.0, scores * scale), narrow)
         over = tl.where(upper, over * rate[None, :], 0.0)
         under = tl.where(lower, under, 0.0)
         if (dbeta is not None) or (dg is not None):
             kk = dot(k_tile, tl.trans(k_tile), None, PRECISION)
+            if norms is not None:
+                kk *= r_k[:, None]
         if dbeta is not None:
             dots -= tl.sum(under * kk, 1)
         if dg is not None:
@@ -685,15 +697,20 @@ def key_gradients_kernel(
                     whole += tl.sum(S_tile.to(compute) * dS_tile, 0)
                 else:
                     whole = dot(S_tile, tl.trans(dS_tile), whole, PRECISION)
-        to_end *= tl.load(factors + at * (4 * BT) + 2 * BT + row)[:, None]
-        from_start *= tl.load(factors + at * (4 * BT) + row)[:, None]
+        to_end *= exit[:, None]
+        from_start *= entry[:, None]
         own = tl.sum(from_start * k_tile, 1)
+        if norms is not None:
+            own *= r_k
         if dbeta is not None:
             tl.store(dbeta + (token + row) * HV + hv, cast(dots - own, dbeta.dtype.element_ty), mask=alive)
         if dg is not None:
             # Over m to the exit state from before it, and from the entry state to m or later; over the whole chunk.
             own = tl.load(dg_start + at * BT + row, mask=alive, other=0.0) - rate * own
-            ends = tl.where(upper, tl.sum(to_end * k_tile, 1)[:, None], own[:, None])
+            later = tl.sum(to_end * k_tile, 1)
+            if norms is not None:
+                later *= r_k
+            ends = tl.where(upper, later[:, None], own[:, None])
             if PARTS == 2:
                 column = tl.arange(0, BV)
                 whole = tl.sum(tl.where(column[:, None] == column[None, :], whole, 0.0), 1)
@@ -706,8 +723,8 @@ def key_gradients_kernel(
             grad = dot(scores, _rows_of(q, q_t, live, K, BT, BK), grad, PRECISION)
             grad = dot(under, k_tile, grad, PRECISION)
     if dk is not None:
-        if norms is not None:
-            grad = _through_norm(grad, _rows_of(k, k_t, live, K, BT, BK))
+        if norms is not None:  # a group's heads share r_k
+            grad = _through_norm(grad * r_k[:, None], _rows_of(k, k_t, live, K, BT, BK))
         store_tile(dk, cast(grad, narrow), token, live, H * K, K, BT, BK, False)
 
 
