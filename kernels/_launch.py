@@ -52,7 +52,13 @@ def arch() -> str:
     """The architecture to compile for: "sm_90", "gfx942"; the interpreter takes Hopper's configurations."""
     if INTERPRET:
         return "sm_90"
-    target = triton.runtime.driver.active.get_current_target()
+    driver = triton.runtime.driver.active
+    return _arch(driver, driver.get_current_device())
+
+
+@functools.cache  # a launcher asks several times
+def _arch(driver, device) -> str:
+    target = driver.get_current_target()
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch).split(":")[0]
 
 

@@ -613,7 +613,7 @@ def _backward_kernel(
             sums = sums + (tl.zeros(live.shape, dtype),)
         first = block.to(tl.int64) * steps
         for tile in range(first, tl.minimum(first + steps, tl.cdiv(L, BT))):
-            t0 = tile * BT
+            t0 = tl.cast(tile, tl.int64) * BT
             x_at = x + b * x_stride_b + channel * x_stride_d + (t0 + time) * x_stride_t
             dy_at = dy + b * dy_stride_b + channel * dy_stride_d + (t0 + time) * dy_stride_t
             dx_at = dx
