@@ -52,8 +52,8 @@ test-cpu:
 test-kernels:
 	$(PYTEST) -k triton
 
-# The Triton kernels in the interpreter of the other versions; TRITON_TESTS=tests takes every test that runs them.
-TRITON_TESTS ?= tests/test_delta_rule_triton.py tests/test_causal_conv1d_triton.py tests/test_faster_interpreter.py
+# Every test that runs the Triton kernels, in the interpreter of the other versions.
+TRITON_TESTS ?= tests
 test-tritons: $(OTHER_TRITONS:%=test-triton-%)
 
 test-triton-%: $(VENV)/triton-%

@@ -425,7 +425,7 @@ def _sums_from(x, BT: tl.constexpr, PARTS: tl.constexpr):
     row = tl.arange(0, BT)
     triangle = tl.where(row[:, None] >= row[None, :], 1.0, tl.zeros_like(x))
     bad = not_finite(x)
-    any_bad = tl.sum(tl.sum(bad.to(tl.int32), 1), 0) > 0
+    any_bad = tl.sum(bad.to(tl.int32)) > 0
     if any_bad:
         x = tl.where(bad, 0.0, x)
     if PARTS == 1:
@@ -713,8 +713,8 @@ def key_gradients_kernel(
             ends = tl.where(upper, later[:, None], own[:, None])
             if PARTS == 2:
                 column = tl.arange(0, BV)
-                whole = tl.sum(tl.where(column[:, None] == column[None, :], whole, 0.0), 1)
-            whole = tl.sum(whole, 0)
+                whole = tl.where(column[:, None] == column[None, :], whole, 0.0)
+            whole = tl.sum(whole)
             total = tl.load(decay + at)
             gate += tl.sum(ends, 0) + tl.where(total == 0, 0.0, total * whole)
             tl.store(dg + (token + row) * HV + hv, cast(gate, dg.dtype.element_ty), mask=alive)

@@ -17,6 +17,7 @@ import functools
 import inspect
 import re
 import threading
+import warnings
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -301,7 +302,9 @@ def install() -> None:
     lock = threading.RLock()
 
     def new_launch(self, *args, **kwargs):
-        with lock, np.errstate(all="ignore"):
+        with lock, np.errstate(all="ignore"), warnings.catch_warnings():
+            # Triton 3.6's interpreter, at the bounds of a loop.
+            warnings.filterwarnings("ignore", "Conversion of an array with ndim > 0", DeprecationWarning)
             patched.clear()
             return launch(self, *args, **kwargs)
 
