@@ -5,6 +5,9 @@
     u_t = beta_t (v_t - (e^{g_t} S_{t-1})^T k_t)
     o_t = scale S_t^T q_t
 
+The state is held transposed, [V, K]: on Hopper each product then takes from registers what the last one left there, and
+only tiles that were loaded pass through shared memory.
+
 Two launches. `prepare` makes, for all chunks at once, what no state enters (delta_rule_prepare.py): M, P, a, b, c and
 decay. Then one program a (sequence, value head, block of value columns) walks the chunks with the state in registers,
 
@@ -613,7 +616,7 @@ def forward(q, k, v, beta, g, initial_state, cu_seqlens, *, scale, qk_l2norm, sa
     options = {"scale": scale, "qk_l2norm": qk_l2norm, "forward": True, "BT": BT, "rows": rows}
     M, P, factors, decay, _, _ = prepare(q, k, beta, g, cu_seqlens, **options)
     align = alignment(q, k, v)
-    tma = config.tma and align > 1 and power_of_two(K) == K and all(x.data_ptr() % 16 == 0 for x in (q, k, v))
+    tma = config.tma and align > 1 and all(x.data_ptr() % 16 == 0 for x in (q, k, v))
     if config.tma:
         allow_descriptors()
     chunks = B * cdiv(T, rows)

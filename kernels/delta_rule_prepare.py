@@ -8,9 +8,10 @@ With r = 1/|k| (or 1 without qk_l2norm), G the running sum of g inside the chunk
     a = e^G r_k       b = scale e^G r_q       c = e^{G_C - G} r_k       decay = e^{G_C}
 
 The gate is a diagonal similarity, so the inverse does not see it (reference/delta_rule.md). M and P are stored in the
-input dtype, zero outside the live lower triangle, so that rows behind a sequence's end add nothing to any product; the
-inverse, the exponents and the row factors are float32 (float64 for float64). M leaves out the ones of the diagonal: a
-product with the inverse is x + M x, whose first term needs no rounding. beta is copied beside the row factors.
+input dtype and transposed, [j, i], zero outside the live triangle, so that rows behind a sequence's end add nothing to
+any product; the inverse, the exponents and the row factors are float32 (float64 for float64). M leaves out the ones of
+the diagonal: a product with the inverse is x + M x, whose first term needs no rounding. beta is copied beside the row
+factors.
 """
 
 from typing import NamedTuple

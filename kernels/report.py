@@ -44,7 +44,7 @@ class Case:
 
 
 CASES = (
-    Case("delta_rule", "bfloat16", {"K": 128, "V": 128, "g": True}, targets=ALL, short=True),
+    Case("delta_rule", "bfloat16", {"K": 128, "V": 128, "g": True, "l2norm": True}, targets=ALL, short=True),
     Case("delta_rule", "bfloat16", {"K": 128, "V": 128}),
     Case("delta_rule", "bfloat16", {"K": 128, "V": 128, "g": True, "GVA": True, "packed": True, "l2norm": True}),
     Case("delta_rule", "bfloat16", {"K": 128, "V": 128, "g": True, "T": 4096, "H": 2, "split": True}),

@@ -89,7 +89,7 @@ FAULTS = [
     ),
     Fault(
         "swapped operands: new values and their gradient in the keys' gradient",
-        "delta_rule_backward.py",
+        "delta_rule_gradients.py",
         "over = dot(tl.trans(X_tile), dR_tile, over, PRECISION)",
         "over = dot(tl.trans(dR_tile), X_tile, over, PRECISION)",
         "test_delta_rule.py::test_lengths[triton-gated-17]",
