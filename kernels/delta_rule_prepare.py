@@ -115,7 +115,7 @@ def _diagonal(x, j, i):
     return tl.sum(tl.where(j == i, x, 0.0), 1)
 
 
-@triton.jit(do_not_specialize=["T", "N", "slots", "q_b", "k_b", "beta_b", "g_b", "scale"])
+@triton.jit(do_not_specialize=["T", "N", "q_b", "k_b", "beta_b", "g_b", "scale"])
 def prepare_kernel(
     q,  # [B, T, H, K]
     k,  # [B, T, H, K]
@@ -132,7 +132,6 @@ def prepare_kernel(
     scale,
     T,
     N,
-    slots,
     group,  # HV // H
     q_b,  # strides of the inputs
     q_t,
@@ -192,7 +191,7 @@ def prepare_kernel(
         kq = dot(k_tile, tl.trans(q_tile), kq, PRECISION)
         if QK_L2NORM:
             qq = dot(q_tile, tl.trans(q_tile), qq, PRECISION)
-    # r_k and scale r_q of each row
+    # r_k and r_q of each row
     k_square = _diagonal(kk, j, i)
     k_norm = 1 / tl.sqrt(k_square + 1e-6) if QK_L2NORM else tl.zeros((BT,), compute) + 1
     q_norm = 1 / tl.sqrt(_diagonal(qq, j, i) + 1e-6) if QK_L2NORM else k_norm
@@ -343,7 +342,6 @@ def prepare(q, k, beta, g, cu_seqlens, *, scale, qk_l2norm, forward, BT, rows=No
                 scale,
                 T,
                 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-                slots,
                 HV // H,
                 *q.stride()[:3],
                 *k.stride()[:3],
