@@ -8,6 +8,8 @@ import math
 
 import torch
 
+from ._autocast import has_autocast
+
 MAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
 
@@ -204,7 +206,7 @@ def no_grad_needed(op: str, *tensors: torch.Tensor | None) -> None:
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The main tensors, cast if autocast is on. Like torch's own rule, float64 is left alone."""
     device = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else "cpu"
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not has_autocast(device) or not torch.is_autocast_enabled(device):
         return tensors
     low = torch.get_autocast_dtype(device)
     return tuple(

@@ -30,6 +30,7 @@ class _CausalConv1d(torch.autograd.Function):
         inputs = (x, weight, bias, initial_state, cu_seqlens)
         y, final_state = impl.forward(*inputs, activation=activation)
         if any(ctx.needs_input_grad):
+            ctx.set_materialize_grads(False)
             ctx.save_for_backward(*inputs)
             ctx.activation, ctx.impl = activation, impl
         return y, final_state
@@ -38,6 +39,8 @@ class _CausalConv1d(torch.autograd.Function):
     @first_order_only("causal_conv1d")
     def backward(ctx, dy, dfinal_state):
         needs = ctx.needs_input_grad[:4]
+        if dy is None:  # only the final state was used
+            dy = torch.zeros_like(ctx.saved_tensors[0])
         grads = ctx.impl.backward(*ctx.saved_tensors, dy, dfinal_state, activation=ctx.activation, needs=needs)
         return *grads, None, None, None
 

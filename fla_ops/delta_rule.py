@@ -29,6 +29,7 @@ class _DeltaRule(torch.autograd.Function):
         save = grad_mode and any(ctx.needs_input_grad)
         o, final_state, states = impl.forward(*inputs, scale=scale, qk_l2norm=qk_l2norm, save_states=save)
         if save:
+            ctx.set_materialize_grads(False)
             ctx.save_for_backward(*inputs, states)
             ctx.scale, ctx.qk_l2norm, ctx.impl = scale, qk_l2norm, impl
         return o, final_state
@@ -36,6 +37,9 @@ class _DeltaRule(torch.autograd.Function):
     @staticmethod
     @first_order_only("delta_rule")
     def backward(ctx, do, dfinal_state):
+        if do is None:  # only the final state was used
+            v = ctx.saved_tensors[2]
+            do = v.new_zeros(v.shape)
         grads = ctx.impl.backward(
             *ctx.saved_tensors,
             do,

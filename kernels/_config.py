@@ -6,6 +6,7 @@ Rows are chosen by the ahead-of-time report (registers, spills, shared memory) a
 hand. Triton's interpreter has rows of its own: its time goes by programs, whatever their size.
 """
 
+import functools
 from dataclasses import replace
 
 import torch
@@ -32,6 +33,7 @@ def _warps(threads: int, arch: str) -> int:
     return max(1, threads // (64 if arch.startswith("gfx") else 32))
 
 
+@functools.cache
 def delta_rule_prepare_config(K: int, BT: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
     """One program a chunk and value head; BK channels of q and k at a time.
 
@@ -42,6 +44,7 @@ def delta_rule_prepare_config(K: int, BT: int, dtype: torch.dtype, arch: str) ->
     return LaunchConfig(BT=BT, BK=BK, num_warps=4, num_stages=1, max_registers=registers)
 
 
+@functools.cache
 def delta_rule_forward_config(K: int, V: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
     """One program a sequence, value head and BV value columns; the state [K, BV] lives in registers."""
     if INTERPRET:
@@ -56,6 +59,7 @@ def delta_rule_forward_config(K: int, V: int, dtype: torch.dtype, arch: str) -> 
     return LaunchConfig(BT=16, BV=16, num_warps=_warps(256 if K <= 128 else 512, arch), num_stages=1)
 
 
+@functools.cache
 def delta_rule_backward_config(K: int, V: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
     """The backward's walks, over the forward's chunks and blocks. Two stages of five tiles need 100 KB and more."""
     config = delta_rule_forward_config(K, V, dtype, arch)
@@ -66,12 +70,13 @@ def delta_rule_backward_config(K: int, V: int, dtype: torch.dtype, arch: str) ->
     return config
 
 
+@functools.cache
 def delta_rule_gradients_config(
-    keys: bool, grouped: bool, K: int, V: int, dtype: torch.dtype, arch: str
+    kernel: str, grouped: bool, K: int, V: int, dtype: torch.dtype, arch: str
 ) -> LaunchConfig:
-    """One program a chunk and query head; BV value columns of states and values at a time.
+    """One program a chunk and head; BV value columns of states and values at a time.
 
-    `keys`: of the keys, not of the queries. `grouped`: a program adds several value heads.
+    `kernel`: "scores", one program a value head, or "rows", one a query head, which adds several if `grouped`.
     """
     if INTERPRET:
         return LaunchConfig(BT=16 if dtype == torch.float32 else 64, BV=_power_of_two(V))
@@ -79,16 +84,18 @@ def delta_rule_gradients_config(
     if dtype.itemsize == 2:
         BV = min(_power_of_two(V), 64 if K <= 128 and _roomy(arch) else 32)
         stages = 1 if arch.startswith("gfx") else 2
-        wide = K > 128 or (K > 64 and (keys or grouped or not _roomy(arch)))
+        wide = K > 128 or (K > 64 and kernel == "rows" and (grouped or not _roomy(arch)))
         return LaunchConfig(BT=BT, BV=BV, num_warps=_warps(256 if wide else 128, arch), num_stages=stages)
     return LaunchConfig(BT=BT, BV=16, num_warps=_warps(128 if K <= 128 else 256, arch), num_stages=1)
 
 
+@functools.cache
 def delta_rule_step_config(K: int, V: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
     """One program a row, value head and BV value columns."""
     return LaunchConfig(BT=1, BV=min(_power_of_two(V), max(16, 4096 // _power_of_two(K))), num_warps=4, num_stages=1)
 
 
+@functools.cache
 def causal_conv1d(
     kind: str, time_is_fast: bool, vectors: bool, D: int, W: int, dtype: torch.dtype, arch: str
 ) -> LaunchConfig:
@@ -106,10 +113,12 @@ def causal_conv1d(
     return LaunchConfig(BT=8 * 128 * vector // BD, BD=BD, num_warps=warps)
 
 
+@functools.cache
 def causal_conv1d_reduce(arch: str) -> LaunchConfig:
     """Sums over partial sums: BT rows of them at a time, BD channels."""
     return LaunchConfig(BT=16, BD=64, num_warps=_warps(128, arch))
 
 
+@functools.cache
 def causal_conv1d_step(D: int, arch: str) -> LaunchConfig:
     return LaunchConfig(BT=1, BD=min(256, 1 << (D - 1).bit_length()), num_warps=_warps(128, arch))

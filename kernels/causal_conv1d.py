@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from . import _config
-from ._launch import arch, cdiv, multiprocessors, on_device
+from ._launch import arch, cdiv, constexprs, launch, multiprocessors, on_device
 from ._launch import why_not as _why_not_here
 from ._operators import operator
 from ._tiles import cast, sequence_bounds
@@ -815,11 +815,13 @@ def forward(x, weight, bias, initial_state, cu_seqlens, *, activation):
     programs = tiles + (N * cdiv(D, STATE_CHANNELS) if W > 1 else 0)
     if programs:
         with on_device(x):
-            _forward_kernel[(programs,)](
+            args = (
                 x, *_tile_strides(x, constants), weight, *_strides(weight, 2), bias, *_strides(bias, 1),
                 initial_state, *_strides(initial_state, 3), cu_seqlens, y, *_tile_strides(y, constants), final_state,
-                N, D, L, tiles, time_blocks, channel_blocks, **constants, SILU=activation is not None, **config.options,
+                N, D, L, tiles, time_blocks, channel_blocks,
             )  # fmt: skip
+            options = constexprs(**constants, SILU=activation is not None, **config.options)
+            launch(_forward_kernel, (programs,), args, options)
     return y, final_state
 
 
@@ -858,18 +860,19 @@ def backward(x, weight, bias, initial_state, cu_seqlens, dy, dfinal_state, *, ac
     programs = tiles + (N * cdiv(D, STATE_CHANNELS) if need_state and W > 1 else 0)
     with on_device(x):
         if programs:
-            _backward_kernel[(programs,)](
+            args = (
                 x, *_tile_strides(x, constants), weight, *_strides(weight, 2), bias, *_strides(bias, 1),
                 initial_state, *_strides(initial_state, 3), cu_seqlens, dy, *_tile_strides(dy, constants),
                 dfinal_state, *_strides(dfinal_state, 3), dx, *_tile_strides(dx, constants), partial, dstate,
-                N, D, L, tiles, time_blocks, channel_blocks, steps, **constants, SILU=activation is not None,
-                **config.options,
+                N, D, L, tiles, time_blocks, channel_blocks, steps,
             )  # fmt: skip
+            options = constexprs(**constants, SILU=activation is not None, **config.options)
+            launch(_backward_kernel, (programs,), args, options)
         if partial is not None:
             config = _config.causal_conv1d_reduce(arch())
-            _reduce_kernel[(cdiv(D, config.BD), W + 1)](
-                partial, dweight, dbias, partial.shape[0], D, W=W, BR=config.BT, BD=config.BD, **config.options
-            )  # fmt: skip
+            args = (partial, dweight, dbias, partial.shape[0], D)
+            options = constexprs(W=W, BR=config.BT, BD=config.BD, **config.options)
+            launch(_reduce_kernel, (cdiv(D, config.BD), W + 1), args, options)
     return grads
 
 
@@ -886,9 +889,10 @@ def step(x, weight, bias, *, state, activation, state_indices):
         return y
     config = _config.causal_conv1d_step(D, arch())
     with on_device(x):
-        _step_kernel[(B * cdiv(D, config.BD),)](
+        args = (
             x, *_strides(x, 2), weight, *_strides(weight, 2), bias, *_strides(bias, 1), state, *_strides(state, 3),
             state_indices, *_strides(state_indices, 1), y, D, state.shape[0],
-            W=weight.shape[1], BD=config.BD, SILU=activation is not None, **config.options,
         )  # fmt: skip
+        options = constexprs(W=weight.shape[1], BD=config.BD, SILU=activation is not None, **config.options)
+        launch(_step_kernel, (B * cdiv(D, config.BD),), args, options)
     return y

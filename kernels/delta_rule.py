@@ -30,7 +30,7 @@ import triton.language as tl
 
 from . import _launch
 from ._config import CHECKPOINT, delta_rule_forward_config, delta_rule_step_config
-from ._launch import allow_descriptors, arch, cdiv, multiprocessors, on_device, precision
+from ._launch import allow_descriptors, arch, cdiv, constexprs, launch, multiprocessors, on_device, precision
 from ._operators import operator
 from ._tiles import (
     cast,
@@ -627,74 +627,40 @@ def forward(q, k, v, beta, g, initial_state, cu_seqlens, *, scale, qk_l2norm, sa
     # Loads through registers have none for it either.
     few = N * HV * blocks <= multiprocessors(q) and segment is None
     stages = config.num_stages if few and tma else min(config.num_stages, 2)
-    launch = {"STAGES": stages, "TMA": tma, "OWN_TMA": config.tma, "PRECISION": precision(q.dtype)} | config.options
+    walk = {"STAGES": stages, "TMA": tma, "OWN_TMA": config.tma, "PRECISION": precision(q.dtype)} | config.options
     lengths = (cu_seqlens, T, N, segment or chunks + 1)
     slots = chunk_slots(B, max(T, 1), cu_seqlens, rows * segment) if segment else N
     with on_device(q):
         entry = initial_state
         if segment:
-            entry = _entries(k, v, M, factors, decay, initial_state, lengths, slots, sizes, launch, compute)
-        forward_kernel[(slots * blocks, HV)](
-            q,
-            k,
-            v,
-            M,
-            P,
-            factors,
-            decay,
-            o,
-            entry,
-            final,
-            states if save_states else None,
-            *lengths,
-            HV // H,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
-            *((0, 0, 0) if entry is None else entry.stride()[:3]),
-            **sizes,
-            SPLIT=segment is not None,
-            CHECKPOINT=CHECKPOINT if save_states else 0,
-            **launch,
-        )
+            entry = _entries(k, v, M, factors, decay, initial_state, lengths, slots, sizes, walk, compute)
+        args = (
+            q, k, v, M, P, factors, decay, o, entry, final, states if save_states else None, *lengths, HV // H,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *((0, 0, 0) if entry is None else entry.stride()[:3]),
+        )  # fmt: skip
+        constants = constexprs(**sizes, SPLIT=segment is not None, CHECKPOINT=CHECKPOINT if save_states else 0, **walk)
+        launch(forward_kernel, (slots * blocks, HV), args, constants)
     return o, final, states
 
 
-def _entries(k, v, M, factors, decay, initial_state, lengths, slots, sizes, launch, compute):
+def _entries(k, v, M, factors, decay, initial_state, lengths, slots, sizes, walk, compute):
     """The states that enter the segments: their maps side by side, then the chain."""
     HV, K, V, BV = v.shape[2], sizes["K"], sizes["V"], sizes["BV"]
     cu_seqlens, T, N, segment = lengths
     maps = torch.empty(slots, HV, K, K + V, dtype=compute, device=v.device)
     entry = torch.empty(slots, HV, K, V, dtype=compute, device=v.device)
-    map_kernel[(slots * (cdiv(K, BV) + cdiv(V, BV)), HV)](
-        k,
-        v,
-        M,
-        factors,
-        decay,
-        maps,
-        *lengths,
-        HV // k.shape[2],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        **sizes,
-        **launch,
+    args = (
+        k, v, M, factors, decay, maps, *lengths, HV // k.shape[2], *k.stride()[:3], *v.stride()[:3],
+    )  # fmt: skip
+    constants = constexprs(**sizes, **walk)
+    launch(map_kernel, (slots * (cdiv(K, BV) + cdiv(V, BV)), HV), args, constants)
+    args = (
+        maps, initial_state, entry, *lengths, *((0, 0, 0) if initial_state is None else initial_state.stride()[:3]),
+    )  # fmt: skip
+    constants = constexprs(
+        K=K, V=V, ROWS=sizes["ROWS"], BK=sizes["BK"], BV=16, STEP=16, num_warps=4, enable_fp_fusion=True
     )
-    chain_kernel[(N * cdiv(V, 16), HV)](
-        maps,
-        initial_state,
-        entry,
-        *lengths,
-        *((0, 0, 0) if initial_state is None else initial_state.stride()[:3]),
-        K=K,
-        V=V,
-        ROWS=sizes["ROWS"],
-        BK=sizes["BK"],
-        BV=16,
-        STEP=16,
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
+    launch(chain_kernel, (N * cdiv(V, 16), HV), args, constants)
     return entry
 
 
@@ -715,29 +681,10 @@ def step(q, k, v, beta, g, *, state, scale, qk_l2norm, state_indices):
     o = _step_result(q, k, v)
     if B:
         with on_device(q):
-            step_kernel[(B, HV, cdiv(V, config.BV))](
-                q,
-                k,
-                v,
-                beta,
-                g,
-                o,
-                state,
-                state_indices,
-                scale,
-                state.shape[0],
-                HV // H,
-                *q.stride(),
-                *k.stride(),
-                *v.stride(),
-                *beta.stride(),
-                *((0, 0) if g is None else g.stride()),
-                *state.stride(),
-                K=K,
-                V=V,
-                BK=power_of_two(K),
-                BV=config.BV,
-                QK_L2NORM=qk_l2norm,
-                **config.options,
-            )
+            args = (
+                q, k, v, beta, g, o, state, state_indices, scale, state.shape[0], HV // H, *q.stride(), *k.stride(),
+                *v.stride(), *beta.stride(), *((0, 0) if g is None else g.stride()), *state.stride(),
+            )  # fmt: skip
+            constants = constexprs(K=K, V=V, BK=power_of_two(K), BV=config.BV, QK_L2NORM=qk_l2norm, **config.options)
+            launch(step_kernel, (B, HV, cdiv(V, config.BV)), args, constants)
     return o

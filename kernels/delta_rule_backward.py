@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 
 from ._config import CHECKPOINT, delta_rule_backward_config, delta_rule_gradients_config
-from ._launch import allow_descriptors, arch, cdiv, multiprocessors, on_device, precision
+from ._launch import allow_descriptors, arch, cdiv, constexprs, launch, multiprocessors, on_device, precision
 from ._operators import operator
 from ._tiles import (
     cast,
@@ -48,7 +48,7 @@ from ._tiles import (
     vector_source,
     zero_rows,
 )
-from .delta_rule_gradients import key_gradients_kernel, query_gradients_kernel
+from .delta_rule_gradients import row_gradients_kernel, score_gradients_kernel
 from .delta_rule_prepare import alignment, chunk_slots, padded, padded_sizes, power_of_two, prepare, wider
 
 
@@ -119,76 +119,47 @@ def _replay(
     return S
 
 
-@triton.jit(do_not_specialize=["T", "N", "k_b", "v_b"])
-def replay_kernel(
-    k,  # [B, T, H, K]
-    v,  # [B, T, HV, V]
-    M,  # [slots, HV, BT, BT]
-    factors,  # [slots, HV, 4, BT]: a, b, c, beta
-    decay,  # [slots, HV]
-    states,  # [checkpoint slots, HV, K, V]
-    S0,  # [slots, HV, V, K]: the state entering each chunk
-    X,  # [slots, HV, V, BT]: new values
-    cu_seqlens,  # [N + 1] or None
-    T,
-    N,
-    group,  # HV // H
-    k_b,
-    k_t,
-    k_h,
-    v_b,
-    v_t,
-    v_h,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    ROWS: tl.constexpr,
-    BT: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    ALIGN: tl.constexpr,  # the batch strides of k and v are multiples of this
-    CHECKPOINT: tl.constexpr,  # chunks from one saved state to the next
-    STAGES: tl.constexpr,
-    TMA: tl.constexpr,  # load inputs by descriptors
-    OWN_TMA: tl.constexpr,  # load what `prepare` made by descriptors
+@triton.jit
+def _replay_part(
+    item, head, HV, k, v, M, factors, decay, states, S0, X, cu_seqlens, T, N, group, k_b, k_t, k_h, v_b, v_t, v_h,
+    K: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    ALIGN: tl.constexpr, CHECKPOINT: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr, OWN_TMA: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
+    """The chunks behind one saved state, for a block of value columns. Arguments as in `walks_kernel`."""
     blocks: tl.constexpr = (V + BV - 1) // BV
-    slot = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
-    head = tl.program_id(1).to(tl.int64)
-    HV = tl.num_programs(1)
+    slot = item // blocks
+    block = item % blocks
     n, batch, start, length, part = segment_of_slot(slot, cu_seqlens, N, T, CHECKPOINT * ROWS, True)
     chunks = tl.cdiv(length, ROWS)
     first = part * CHECKPOINT
     last = tl.minimum(first + CHECKPOINT, chunks)
-    if first >= chunks:
-        return
+    if first < chunks:
+        columns = V - block * BV
+        own = tl.cast(block * BV, tl.int64)  # its first column
+        at = first_of(cu_seqlens, n, start, T, ROWS) * HV + head
+        k += tl.multiple_of(batch * k_b, ALIGN) + start * k_t + (head // group) * k_h
+        v += tl.multiple_of(batch * v_b, ALIGN) + start * v_t + head * v_h + block * BV
+        decay += at
+        k_source = tile_source(k, length, k_t, K, BT, BK, TMA)
+        v_source = tile_source(v, length, v_t, columns, BT, BV, TMA)
+        factor_source = vector_source(factors + at * (4 * BT), chunks * HV * (4 * BT), BT, OWN_TMA)
+        M_source = tile_source(M + at * (BT * BT), chunks * HV * BT, BT, BT, BT, BT, OWN_TMA)
+        S0_target = tile_source(S0 + at * (K * V) + own * K, chunks * HV * V, K, K, BV, BK, TMA)
+        X_target = tile_source(X + at * (BT * V) + own * BT, chunks * HV * V, BT, BT, BV, BT, TMA)
+        states += (tl.cast(slot, tl.int64) * HV + head) * (K * V) + block * BV
 
-    columns = V - block * BV
-    own = tl.cast(block * BV, tl.int64)  # its first column
-    at = first_of(cu_seqlens, n, start, T, ROWS) * HV + head
-    k += tl.multiple_of(batch * k_b, ALIGN) + start * k_t + (head // group) * k_h
-    v += tl.multiple_of(batch * v_b, ALIGN) + start * v_t + head * v_h + block * BV
-    decay += at
-    k_source = tile_source(k, length, k_t, K, BT, BK, TMA)
-    v_source = tile_source(v, length, v_t, columns, BT, BV, TMA)
-    factor_source = vector_source(factors + at * (4 * BT), chunks * HV * (4 * BT), BT, OWN_TMA)
-    M_source = tile_source(M + at * (BT * BT), chunks * HV * BT, BT, BT, BT, BT, OWN_TMA)
-    S0_target = tile_source(S0 + at * (K * V) + own * K, chunks * HV * V, K, K, BV, BK, TMA)
-    X_target = tile_source(X + at * (BT * V) + own * BT, chunks * HV * V, BT, BT, BV, BT, TMA)
-    states += (tl.cast(slot, tl.int64) * HV + head) * (K * V) + block * BV
-
-    S = load_state(states, V, K, columns, BK, BV)
-    S = _replay(
-        S, k_source, v_source, M_source, factor_source, decay, S0_target, X_target, first, last, length, k_t, v_t,
-        HV, columns, K, V, ROWS, BT, BK, BV, k.dtype.element_ty, False, STAGES, TMA, OWN_TMA, PRECISION,
-    )  # fmt: skip
-    if tl.sum(not_finite(S).to(tl.int32)) > 0:
         S = load_state(states, V, K, columns, BK, BV)
-        _replay(
+        S = _replay(
             S, k_source, v_source, M_source, factor_source, decay, S0_target, X_target, first, last, length, k_t, v_t,
-            HV, columns, K, V, ROWS, BT, BK, BV, k.dtype.element_ty, True, 1, TMA, OWN_TMA, PRECISION,
+            HV, columns, K, V, ROWS, BT, BK, BV, k.dtype.element_ty, False, STAGES, TMA, OWN_TMA, PRECISION,
         )  # fmt: skip
+        if tl.sum(not_finite(S).to(tl.int32)) > 0:
+            S = load_state(states, V, K, columns, BK, BV)
+            _replay(
+                S, k_source, v_source, M_source, factor_source, decay, S0_target, X_target, first, last, length, k_t,
+                v_t, HV, columns, K, V, ROWS, BT, BK, BV, k.dtype.element_ty, True, 1, TMA, OWN_TMA, PRECISION,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -290,51 +261,17 @@ def _zero_or(
     return S
 
 
-@triton.jit(do_not_specialize=["T", "N", "q_b", "k_b", "do_b"])
-def reverse_kernel(
-    q,  # [B, T, H, K]
-    k,  # [B, T, H, K]
-    do,  # [B, T, HV, V]
-    M,  # [slots, HV, BT, BT]
-    P,  # [slots, HV, BT, BT]
-    factors,  # [slots, HV, 4, BT]: a, b, c, beta
-    decay,  # [slots, HV]
-    dfinal_state,  # [N, HV, K, V] or None
-    dv,  # [B, T, HV, V] or None
-    dR,  # [slots, HV, V, BT] or None
-    dS,  # [slots, HV, V, K] or None: the gradient of the state behind each chunk
-    dinitial_state,  # [N, HV, K, V] or None
-    cu_seqlens,  # [N + 1] or None
-    T,
-    N,
-    group,  # HV // H
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
-    do_b,
-    do_t,
-    do_h,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    ROWS: tl.constexpr,
-    BT: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    ALIGN: tl.constexpr,  # the batch strides of q, k and do are multiples of this
-    STAGES: tl.constexpr,
-    TMA: tl.constexpr,  # load inputs by descriptors
-    OWN_TMA: tl.constexpr,  # load what `prepare` made by descriptors
-    PRECISION: tl.constexpr,
-):
+@triton.jit
+def _reverse(
+    item, head, HV, q, k, do, M, P, factors, decay, dfinal_state, dv, dR, dS, dinitial_state, cu_seqlens, T, N, group,
+    q_b, q_t, q_h, k_b, k_t, k_h, do_b, do_t, do_h, K: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, ALIGN: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr, OWN_TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One sequence, for a block of value columns. Arguments as in `walks_kernel`."""
     blocks: tl.constexpr = (V + BV - 1) // BV
-    n = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
-    head = tl.program_id(1).to(tl.int64)
-    HV = tl.num_programs(1)
-    n, batch, start, length, _ = segment_of_slot(n, cu_seqlens, N, T, ROWS, False)
+    block = item % blocks
+    n, batch, start, length, _ = segment_of_slot(item // blocks, cu_seqlens, N, T, ROWS, False)
     chunks = tl.cdiv(length, ROWS)
     columns = V - block * BV
     own = tl.cast(block * BV, tl.int64)  # its first column
@@ -376,6 +313,77 @@ def reverse_kernel(
     if dinitial_state is not None:
         ds = cast(ds, dinitial_state.dtype.element_ty)
         store_state(dinitial_state + (n * HV + head) * (K * V) + block * BV, ds, V, K, columns, BK, BV)
+
+
+@triton.jit(do_not_specialize=["T", "N", "HV", "q_b", "k_b", "v_b", "do_b"])
+def walks_kernel(
+    q,  # [B, T, H, K]
+    k,  # [B, T, H, K]
+    v,  # [B, T, HV, V]
+    do,  # [B, T, HV, V]
+    M,  # [slots, HV, BT, BT]
+    P,  # [slots, HV, BT, BT]
+    factors,  # [slots, HV, 4, BT]: a, b, c, beta
+    decay,  # [slots, HV]
+    states,  # [checkpoint slots, HV, K, V]
+    dfinal_state,  # [N, HV, K, V] or None
+    S0,  # [slots, HV, V, K] or None: the state entering each chunk
+    X,  # [slots, HV, V, BT] or None: new values
+    dv,  # [B, T, HV, V] or None
+    dR,  # [slots, HV, V, BT] or None
+    dS,  # [slots, HV, V, K] or None: the gradient of the state behind each chunk
+    dinitial_state,  # [N, HV, K, V] or None
+    cu_seqlens,  # [N + 1] or None
+    T,
+    N,
+    HV,
+    group,  # HV // H
+    q_b,
+    q_t,
+    q_h,
+    k_b,
+    k_t,
+    k_h,
+    v_b,
+    v_t,
+    v_h,
+    do_b,
+    do_t,
+    do_h,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    ROWS: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    ALIGN: tl.constexpr,  # the batch strides of q, k, v and do are multiples of this
+    CHECKPOINT: tl.constexpr,  # chunks from one saved state to the next
+    REVERSE: tl.constexpr,  # walk back
+    REPLAY: tl.constexpr,
+    REVERSE_STAGES: tl.constexpr,
+    REPLAY_STAGES: tl.constexpr,
+    TMA: tl.constexpr,  # load inputs by descriptors
+    OWN_TMA: tl.constexpr,  # load what `prepare` made by descriptors
+    PRECISION: tl.constexpr,
+):
+    """The reverse walks, which are few and long, in the first programs; the replays run beside them."""
+    blocks: tl.constexpr = (V + BV - 1) // BV
+    item = tl.program_id(0) // HV
+    head = (tl.program_id(0) % HV).to(tl.int64)
+    walks = N * blocks if REVERSE else 0
+    if REVERSE:
+        if item < walks:
+            _reverse(
+                item, head, HV, q, k, do, M, P, factors, decay, dfinal_state, dv, dR, dS, dinitial_state, cu_seqlens,
+                T, N, group, q_b, q_t, q_h, k_b, k_t, k_h, do_b, do_t, do_h, K, V, ROWS, BT, BK, BV, ALIGN,
+                REVERSE_STAGES, TMA, OWN_TMA, PRECISION,
+            )  # fmt: skip
+    if REPLAY:
+        if item >= walks:
+            _replay_part(
+                item - walks, head, HV, k, v, M, factors, decay, states, S0, X, cu_seqlens, T, N, group, k_b, k_t,
+                k_h, v_b, v_t, v_h, K, V, ROWS, BT, BK, BV, ALIGN, CHECKPOINT, REPLAY_STAGES, TMA, OWN_TMA, PRECISION,
+            )  # fmt: skip
 
 
 def _rows(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -447,13 +455,14 @@ def backward(
     options = {"scale": scale, "qk_l2norm": qk_l2norm, "forward": False, "BT": BT, "rows": rows}
     M, P, factors, decay, gamma, norms = prepare(q, k, beta, g, cu_seqlens, **options)
     slots = chunk_slots(B, T, cu_seqlens, rows)
-    queries = need_q or need_g
     keys = need_k or need_beta or need_g
-    S0 = q.new_empty(slots, HV, V, K) if queries or keys else None
-    X = q.new_empty(slots, HV, V, BT) if queries or keys else None
+    rows_too = need_q or keys
+    S0 = q.new_empty(slots, HV, V, K) if rows_too else None
+    X = q.new_empty(slots, HV, V, BT) if rows_too else None
     dS = torch.empty_like(S0) if keys else None
     dR = torch.empty_like(X) if keys else None
-    dg_start = torch.empty(slots, HV, BT, dtype=compute, device=q.device) if need_g else None
+    inner = q.new_empty(slots, HV, need_q + 2 * keys, BT, BT) if rows_too else None
+    sums = torch.empty(slots, HV, 2, BT, dtype=compute, device=q.device) if need_beta or need_g else None
 
     align = alignment(q, k, v, do)
     tma = config.tma and align > 1 and rows == BT and power_of_two(K) == K
@@ -467,104 +476,41 @@ def backward(
     two = min(config.num_stages, 2)
     stages = config.num_stages if N * HV * blocks <= multiprocessors(q) and tma else two  # as in the forward
 
-    def by_chunk(keys: bool) -> dict:
-        row = delta_rule_gradients_config(keys, HV > H, K, V, q.dtype, arch())
-        return sizes | {"BV": row.BV, "STAGES": row.num_stages, "PRECISION": precision(q.dtype)} | row.options
+    def by_chunk(kernel: str) -> dict:
+        row = delta_rule_gradients_config(kernel, HV > H, K, V, q.dtype, arch())
+        given = {"BV": row.BV, "STAGES": row.num_stages, "PRECISION": precision(q.dtype)}
+        return sizes | given | {"PARTS": 2 if q.dtype.itemsize == 2 else 1} | row.options
 
     with on_device(q):
-        if T and (queries or keys):
-            replay_kernel[(states.shape[0] * blocks, HV)](
-                k,
-                v,
-                M,
-                factors,
-                decay,
-                states,
-                S0,
-                X,
-                *lengths,
-                HV // H,
-                *k.stride()[:3],
-                *v.stride()[:3],
+        reverse = keys or need_v or need_state
+        replay = bool(T) and rows_too
+        if reverse or replay:
+            programs = (reverse * N + replay * states.shape[0]) * blocks * HV
+            args = (
+                q, k, v, do, M, P, factors, decay, states, dfinal_state, S0, X, dv, dR, dS, dinitial_state, *lengths,
+                HV, HV // H, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
+            )  # fmt: skip
+            constants = constexprs(
                 **sizes,
                 CHECKPOINT=CHECKPOINT,
-                STAGES=two,
+                REVERSE=reverse,
+                REPLAY=replay,
+                REVERSE_STAGES=stages,
+                REPLAY_STAGES=two,
                 **walk,
             )
-        if keys or need_v or need_state:
-            reverse_kernel[(N * blocks, HV)](
-                q,
-                k,
-                do,
-                M,
-                P,
-                factors,
-                decay,
-                dfinal_state,
-                dv,
-                dR,
-                dS,
-                dinitial_state,
-                *lengths,
-                HV // H,
-                *q.stride()[:3],
-                *k.stride()[:3],
-                *do.stride()[:3],
-                **sizes,
-                STAGES=stages,
-                **walk,
-            )
-        if T and queries:
-            query_gradients_kernel[(slots, H)](
-                q,
-                k,
-                do,
-                gamma,
-                norms,
-                factors,
-                S0,
-                X,
-                dq,
-                dg_start,
-                cu_seqlens,
-                scale,
-                T,
-                N,
-                HV // H,
-                *q.stride()[:3],
-                *k.stride()[:3],
-                *do.stride()[:3],
-                **by_chunk(keys=False),
-            )
-        if T and keys:
-            key_gradients_kernel[(slots, H)](
-                q,
-                k,
-                v,
-                do,
-                P,
-                gamma,
-                norms,
-                factors,
-                decay,
-                S0,
-                X,
-                dR,
-                dS,
-                dg_start,
-                dk,
-                dbeta,
-                dg,
-                cu_seqlens,
-                scale,
-                T,
-                N,
-                HV // H,
-                *q.stride()[:3],
-                *k.stride()[:3],
-                *v.stride()[:3],
-                *do.stride()[:3],
-                **by_chunk(keys=True),
-                PARTS=2 if q.dtype.itemsize == 2 else 1,
-            )
+            launch(walks_kernel, (programs,), args, constants)
+        if T and rows_too:
+            args = (
+                k, v, do, P, gamma, norms, factors, X, dR, inner, sums, cu_seqlens, scale, T, N, HV // H,
+                *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
+            )  # fmt: skip
+            constants = constexprs(QUERIES=need_q, KEYS=keys, **by_chunk("scores"))
+            launch(score_gradients_kernel, (slots, HV), args, constants)
+            args = (
+                q, k, do, inner, sums, norms, factors, decay, S0, X, dR, dS, dq, dk, dbeta, dg, cu_seqlens, T, N, HV //
+                H, *q.stride()[:3], *k.stride()[:3], *do.stride()[:3],
+            )  # fmt: skip
+            constants = constexprs(**by_chunk("rows"))
+            launch(row_gradients_kernel, (slots, H), args, constants)
     return grads

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gradients of queries and keys, of beta and g: two kernels, parallel over chunks.
 
-They read what the walks of delta_rule_backward.py left, whose docstring has the equations and names. Products with
-matrices that lie transposed in memory, [V, K] or [V, BT], need no transposing.
+They read what the walks of delta_rule_backward.py left, whose docstring has the equations and names. The first works
+inside a chunk, on scores of rows with rows; the second multiplies them by rows, and adds what went through the states.
+In one kernel both would need more registers than there are. Products with matrices that lie transposed in memory,
+[V, K] or [V, BT], need no transposing.
 """
 
 import triton
@@ -77,26 +79,185 @@ def _sums_from(x, BT: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _through_norm(dx, x):
-    """The gradient of rows x from r times that of r x, where r is one over the norm of a row."""
-    x = x.to(dx.dtype)
-    return dx - x * (tl.sum(dx * x, 1) / (tl.sum(x * x, 1) + 1e-6))[:, None]
+def _row_products(sums, rows, PRECISION: tl.constexpr):
+    """The scalar products of the rows of `sums`, in float32, with `rows`.
+
+    In bfloat16 as the diagonal of a product: element by element, `rows` would have to be brought into the layout of
+    the sums, as many registers again. Two parts of `sums` keep 16 of its bits. float16 has not the range for that.
+    """
+    if rows.dtype == tl.bfloat16:
+        BT: tl.constexpr = rows.shape[0]
+        products = dot(cast(sums, tl.bfloat16), tl.trans(rows), None, PRECISION)
+        row = tl.arange(0, BT)
+        return tl.sum(tl.where(row[:, None] == row[None, :], products, 0.0), 1)
+    else:
+        return tl.sum(sums * rows, 1)
 
 
-@triton.jit(do_not_specialize=["T", "N", "q_b", "k_b", "do_b", "scale"])
-def query_gradients_kernel(
-    q,  # [B, T, H, K]
+@triton.jit
+def _store_rows(dx, grad, x, x_t, dx_t, norm, token, live, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr):
+    """The gradient of rows x; `grad` is that of x, or where norms are taken that of x times its norm's inverse r."""
+    if norm is not None:
+        x = _rows_of(x, x_t, live, K, BT, BK).to(grad.dtype)
+        r = tl.load(norm + tl.arange(0, BT))
+        grad *= r[:, None]
+        grad -= x * (tl.sum(grad * x, 1) * r * r)[:, None]
+    store_tile(dx, cast(grad, dx.dtype.element_ty), token, live, dx_t, K, BT, BK, False)
+
+
+@triton.jit
+def _square(x, BT: tl.constexpr):
+    """Where the elements of a matrix [BT, BT] lie."""
+    row = tl.arange(0, BT)
+    return x + row[:, None] * BT + row[None, :]
+
+
+@triton.jit(do_not_specialize=["T", "N", "k_b", "v_b", "do_b", "scale"])
+def score_gradients_kernel(
     k,  # [B, T, H, K]
+    v,  # [B, T, HV, V]
     do,  # [B, T, HV, V]
+    P,  # [slots, HV, BT, BT]
     gamma,  # [slots, HV, BT, BT] or None
     norms,  # [slots, HV, 2, BT] or None: r_k, r_q
     factors,  # [slots, HV, 4, BT]: a, b, c, beta
-    S0,  # [slots, HV, V, K]
     X,  # [slots, HV, V, BT]
-    dq,  # [B, T, H, K] or None
-    dg_start,  # [slots, HV, BT] or None: each token's own part of the sums from the chunk's start
+    dR,  # [slots, HV, V, BT] or None
+    inner,  # [slots, HV, 1 or 3, BT, BT]: W without r_q of its rows; W^T and B + B^T without r_k of theirs
+    sums,  # [slots, HV, 2, BT] or None: parts of dbeta and dg
     cu_seqlens,  # [N + 1] or None
     scale,
+    T,
+    N,
+    group,  # HV // H
+    k_b,
+    k_t,
+    k_h,
+    v_b,
+    v_t,
+    v_h,
+    do_b,
+    do_t,
+    do_h,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    ROWS: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    ALIGN: tl.constexpr,  # the batch strides of k, v and do are multiples of this
+    QUERIES: tl.constexpr,  # make W
+    KEYS: tl.constexpr,  # make W^T and B + B^T
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,  # of `_sums_from`
+):
+    """Score matrices of keys are [key's row, query's or later row]: their product with rows needs no transposing.
+
+    The norm of a row stays outside of what is rounded to float16, which would overflow.
+    """
+    slot = tl.program_id(0)
+    hv = tl.program_id(1).to(tl.int64)
+    HV = tl.num_programs(1)
+    compute = factors.dtype.element_ty
+    narrow = k.dtype.element_ty
+    batch, token, live = _chunk(slot, cu_seqlens, N, T, ROWS)
+    if live <= 0:
+        return
+    row = tl.arange(0, BT)
+    last = _rolled(V, BV)
+    upper = row[:, None] < row[None, :]
+    lower = row[:, None] > row[None, :]
+    at = tl.cast(slot, tl.int64) * HV + hv
+    k += tl.multiple_of(batch * k_b, ALIGN) + token * k_t + (hv // group) * k_h
+    v += tl.multiple_of(batch * v_b, ALIGN) + token * v_t + hv * v_h
+    do += tl.multiple_of(batch * do_b, ALIGN) + token * do_t + hv * do_h
+    X += at * (BT * V)
+    P += at * (BT * BT)
+    inner += at * ((BT * BT) * (QUERIES + 2 * KEYS))
+    if gamma is not None:
+        gamma += at * (BT * BT)
+    if norms is not None:
+        r_k = tl.load(norms + at * (2 * BT) + row)
+        r_q = tl.load(norms + at * (2 * BT) + BT + row)
+
+    if QUERIES:
+        scores = tl.zeros((BT, BT), compute)  # dO X^T
+        for first in tl.range(0, last, BV, num_stages=STAGES):
+            columns = V - first
+            do_tile = _rows_of(do + first, do_t, live, columns, BT, BV)
+            X_tile = _rows_of(X + first * BT, BT, columns, BT, BV, BT)
+            scores = dot(do_tile, X_tile, scores, PRECISION)
+        if gamma is not None:
+            scores *= tl.load(_square(gamma, BT))
+        if norms is not None:
+            scores *= r_k[None, :]
+        tl.store(_square(inner, BT), cast(tl.where(upper, 0.0, scores * scale), narrow))
+        inner += BT * BT
+    if KEYS:
+        dR += at * (BT * V)
+        scores = tl.zeros((BT, BT), compute)  # X dO^T
+        over = tl.zeros((BT, BT), compute)  # X dR^T
+        under = tl.zeros((BT, BT), compute)  # its transpose
+        rate = tl.load(factors + at * (4 * BT) + 3 * BT + row)
+        dots = tl.zeros((BT,), compute)
+        for first in tl.range(0, last, BV, num_stages=STAGES):
+            columns = V - first
+            X_tile = _rows_of(X + first * BT, BT, columns, BT, BV, BT)
+            dR_tile = _rows_of(dR + first * BT, BT, columns, BT, BV, BT)
+            do_tile = _rows_of(do + first, do_t, live, columns, BT, BV)
+            scores = dot(tl.trans(X_tile), tl.trans(do_tile), scores, PRECISION)
+            over = dot(tl.trans(X_tile), dR_tile, over, PRECISION)
+            under = dot(tl.trans(dR_tile), X_tile, under, PRECISION)
+            if sums is not None:
+                v_tile = _rows_of(v + first, v_t, live, columns, BT, BV)
+                dots += tl.sum(dR_tile.to(compute) * tl.trans(v_tile), 0)
+        if sums is not None:
+            paths = scores * tl.load(_square(P, BT))
+        if gamma is not None:
+            between = tl.load(_square(gamma, BT)).to(compute)
+            scores *= between
+            over *= between
+            under *= between
+        if norms is not None:
+            scores *= r_q[None, :]
+            over *= r_k[None, :]
+            under *= r_k[None, :]
+        tl.store(_square(inner, BT), cast(tl.where(lower, 0.0, scores * scale), narrow))
+        over = tl.where(upper, over * rate[None, :], 0.0)
+        under = tl.where(lower, under, 0.0)
+        tl.store(_square(inner + BT * BT, BT), cast(-under * rate[:, None] - over, narrow))
+        if sums is not None:
+            k_tile = _rows_of(k, k_t, live, K, BT, BK)
+            kk = dot(k_tile, tl.trans(k_tile), None, PRECISION)
+            if norms is not None:
+                kk *= r_k[:, None]
+            sums += at * (2 * BT) + row
+            tl.store(sums, dots - tl.sum(under * kk, 1))
+            # [j, m]: the paths over m from j to m or later, by way of P or of the inverse.
+            paths = _sums_from(tl.where(upper, paths - over * kk, 0.0), BT, PARTS)
+            tl.store(sums + BT, tl.sum(tl.where(upper, paths, 0.0), 0))
+
+
+@triton.jit(do_not_specialize=["T", "N", "q_b", "k_b", "do_b"])
+def row_gradients_kernel(
+    q,  # [B, T, H, K]
+    k,  # [B, T, H, K]
+    do,  # [B, T, HV, V]
+    inner,  # [slots, HV, 1 to 3, BT, BT], as score_gradients_kernel left it
+    sums,  # [slots, HV, 2, BT] or None, likewise
+    norms,  # [slots, HV, 2, BT] or None: r_k, r_q
+    factors,  # [slots, HV, 4, BT]: a, b, c, beta
+    decay,  # [slots, HV]
+    S0,  # [slots, HV, V, K]
+    X,  # [slots, HV, V, BT]
+    dR,  # [slots, HV, V, BT] or None
+    dS,  # [slots, HV, V, K] or None
+    dq,  # [B, T, H, K] or None
+    dk,  # [B, T, H, K] or None
+    dbeta,  # [B, T, HV] or None
+    dg,  # [B, T, HV] or None
+    cu_seqlens,  # [N + 1] or None
     T,
     N,
     group,  # HV // H
@@ -118,121 +279,22 @@ def query_gradients_kernel(
     ALIGN: tl.constexpr,  # the batch strides of q, k and do are multiples of this
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,  # 1: add products of states in IEEE arithmetic
 ):
+    """One sum over rows at a time: through the entry state for queries, the exit and the entry state for keys.
+
+    The norm of a row stays outside of the products until the end: float16 would overflow.
+    """
+    QUERIES: tl.constexpr = dq is not None
+    KEYS: tl.constexpr = (dk is not None) or (sums is not None)
     slot = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     H = tl.num_programs(1)
     HV = H * group
     compute = factors.dtype.element_ty
-    narrow = q.dtype.element_ty
     batch, token, live = _chunk(slot, cu_seqlens, N, T, ROWS)
     if dq is not None:
         dq += (batch * T * H + head) * K
-        if cu_seqlens is not None:
-            _zero_uncovered(dq, slot, cu_seqlens, N, T, H * K, K, ROWS, BT, BK)
-    if live <= 0:
-        return
-    row = tl.arange(0, BT)
-    last = _rolled(V, BV)
-    q += tl.multiple_of(batch * q_b, ALIGN) + token * q_t + head * q_h
-    k += tl.multiple_of(batch * k_b, ALIGN) + token * k_t + head * k_h
-    grad = tl.zeros((BT, BK), compute)
-    for member in tl.range(group, num_stages=1, disable_licm=True):
-        hv = head * group + member
-        at = tl.cast(slot, tl.int64) * HV + hv
-        do_at = do + tl.multiple_of(batch * do_b, ALIGN) + token * do_t + hv * do_h
-        state = tl.zeros((BT, BK), compute)
-        scores = tl.zeros((BT, BT), compute)
-        for first in tl.range(0, last, BV, num_stages=STAGES):
-            columns = V - first
-            do_tile = _rows_of(do_at + first, do_t, live, columns, BT, BV)
-            S_tile = _rows_of(S0 + at * (K * V) + first * K, K, columns, K, BV, BK)
-            X_tile = _rows_of(X + at * (BT * V) + first * BT, BT, columns, BT, BV, BT)
-            state = dot(do_tile, S_tile, state, PRECISION)
-            scores = dot(do_tile, X_tile, scores, PRECISION)
-        line = at * BT + row
-        b = tl.load(factors + at * (4 * BT) + BT + row)
-        if norms is not None:  # r_q stays outside of the products until the end: float16 would overflow
-            r_k = tl.load(norms + at * (2 * BT) + row)
-            r_q = tl.load(norms + at * (2 * BT) + BT + row)
-            b = b / r_q
-        state = state * b[:, None]
-        if dg_start is not None:
-            own = tl.sum(state * _rows_of(q, q_t, live, K, BT, BK), 1)
-            if norms is not None:
-                own *= r_q
-            tl.store(dg_start + line, own, mask=row < live)
-        if dq is not None:
-            grad += state
-            k_tile = _rows_of(k, k_t, live, K, BT, BK)
-            if gamma is not None:
-                scores = scores * tl.load(gamma + at * (BT * BT) + row[:, None] * BT + row[None, :])
-            if norms is not None:
-                scores = scores * r_k[None, :]
-            scores = tl.where(row[:, None] >= row[None, :], scores * scale, 0.0)
-            grad = dot(cast(scores, narrow), k_tile, grad, PRECISION)
-    if dq is not None:
-        if norms is not None:  # a group's heads share r_q
-            r_q = tl.load(norms + (tl.cast(slot, tl.int64) * HV + head * group) * (2 * BT) + BT + row)
-            grad = _through_norm(grad * r_q[:, None], _rows_of(q, q_t, live, K, BT, BK))
-        store_tile(dq, cast(grad, narrow), token, live, H * K, K, BT, BK, False)
-
-
-@triton.jit(do_not_specialize=["T", "N", "q_b", "k_b", "v_b", "do_b", "scale"])
-def key_gradients_kernel(
-    q,  # [B, T, H, K]
-    k,  # [B, T, H, K]
-    v,  # [B, T, HV, V]
-    do,  # [B, T, HV, V]
-    P,  # [slots, HV, BT, BT]
-    gamma,  # [slots, HV, BT, BT] or None
-    norms,  # [slots, HV, 2, BT] or None: r_k, r_q
-    factors,  # [slots, HV, 4, BT]: a, b, c, beta
-    decay,  # [slots, HV]
-    S0,  # [slots, HV, V, K]
-    X,  # [slots, HV, V, BT]
-    dR,  # [slots, HV, V, BT]
-    dS,  # [slots, HV, V, K]
-    dg_start,  # [slots, HV, BT] or None, as the queries left it
-    dk,  # [B, T, H, K] or None
-    dbeta,  # [B, T, HV] or None
-    dg,  # [B, T, HV] or None
-    cu_seqlens,  # [N + 1] or None
-    scale,
-    T,
-    N,
-    group,  # HV // H
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
-    v_b,
-    v_t,
-    v_h,
-    do_b,
-    do_t,
-    do_h,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    ROWS: tl.constexpr,
-    BT: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    ALIGN: tl.constexpr,  # the batch strides of q, k, v and do are multiples of this
-    STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    PARTS: tl.constexpr,  # of `_sums_from`
-):
-    """Score matrices are [key's row, query's or later row] here: their product with rows needs no transposing."""
-    slot = tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
-    H = tl.num_programs(1)
-    HV = H * group
-    compute = factors.dtype.element_ty
-    narrow = q.dtype.element_ty
-    batch, token, live = _chunk(slot, cu_seqlens, N, T, ROWS)
     if dk is not None:
         dk += (batch * T * H + head) * K
     if dbeta is not None:
@@ -240,6 +302,8 @@ def key_gradients_kernel(
     if dg is not None:
         dg += batch * T * HV
     if cu_seqlens is not None:
+        if dq is not None:
+            _zero_uncovered(dq, slot, cu_seqlens, N, T, H * K, K, ROWS, BT, BK)
         if dk is not None:
             _zero_uncovered(dk, slot, cu_seqlens, N, T, H * K, K, ROWS, BT, BK)
         for hv in range(head * group, head * group + group):
@@ -253,113 +317,103 @@ def key_gradients_kernel(
     last = _rolled(V, BV)
     alive = row < live
     upper = row[:, None] < row[None, :]
-    lower = row[:, None] > row[None, :]
     q += tl.multiple_of(batch * q_b, ALIGN) + token * q_t + head * q_h
     k += tl.multiple_of(batch * k_b, ALIGN) + token * k_t + head * k_h
-    grad = tl.zeros((BT, BK), compute)
+    # A group's heads share norms.
+    norm_k = norms + (tl.cast(slot, tl.int64) * HV + head * group) * (2 * BT) if norms is not None else None
+    norm_q = norm_k + BT if norms is not None else None
+    grad_q = tl.zeros((BT, BK), compute)
+    grad_k = tl.zeros((BT, BK), compute)
     for member in tl.range(group, num_stages=1, disable_licm=True):
         hv = head * group + member
         at = tl.cast(slot, tl.int64) * HV + hv
         do_at = do + tl.multiple_of(batch * do_b, ALIGN) + token * do_t + hv * do_h
-        v_at = v + tl.multiple_of(batch * v_b, ALIGN) + token * v_t + hv * v_h
-        entry = tl.load(factors + at * (4 * BT) + row)
-        exit = tl.load(factors + at * (4 * BT) + 2 * BT + row)
-        rate = tl.load(factors + at * (4 * BT) + 3 * BT + row)
-        if norms is not None:  # r_k of a row stays outside of the products until the end: float16 would overflow
-            r_k = tl.load(norms + at * (2 * BT) + row)
-            r_q = tl.load(norms + at * (2 * BT) + BT + row)
-            entry = entry / r_k
-            exit = exit / r_k
+        S0_at = S0 + at * (K * V)
+        inner_at = inner + at * ((BT * BT) * (QUERIES + 2 * KEYS))
 
-        # Inside the chunk: through P, and through the inverse.
-        scores = tl.zeros((BT, BT), compute)  # X dO^T
-        over = tl.zeros((BT, BT), compute)  # X dR^T
-        under = tl.zeros((BT, BT), compute)  # its transpose
-        dots = tl.zeros((BT,), compute)
-        for first in tl.range(0, last, BV, num_stages=STAGES):
-            columns = V - first
-            X_tile = _rows_of(X + at * (BT * V) + first * BT, BT, columns, BT, BV, BT)
-            dR_tile = _rows_of(dR + at * (BT * V) + first * BT, BT, columns, BT, BV, BT)
-            do_tile = _rows_of(do_at + first, do_t, live, columns, BT, BV)
-            scores = dot(tl.trans(X_tile), tl.trans(do_tile), scores, PRECISION)
-            over = dot(tl.trans(X_tile), dR_tile, over, PRECISION)
-            under = dot(tl.trans(dR_tile), X_tile, under, PRECISION)
+        if QUERIES or (dg is not None):
+            through = tl.zeros((BT, BK), compute)
+            # <dS1, S0>: on tensor cores the trace of a product; in IEEE arithmetic a sum of short sums, which rounds
+            # less.
+            whole = tl.zeros((BK,), compute) if PARTS == 1 else tl.zeros((BV, BV), compute)
+            for first in tl.range(0, last, BV, num_stages=STAGES):
+                columns = V - first
+                do_tile = _rows_of(do_at + first, do_t, live, columns, BT, BV)
+                S_tile = _rows_of(S0_at + first * K, K, columns, K, BV, BK)
+                through = dot(do_tile, S_tile, through, PRECISION)
+                if dg is not None:
+                    dS_tile = _rows_of(dS + at * (K * V) + first * K, K, columns, K, BV, BK)
+                    if PARTS == 1:
+                        whole += tl.sum(S_tile.to(compute) * dS_tile, 0)
+                    else:
+                        whole = dot(S_tile, tl.trans(dS_tile), whole, PRECISION)
+            b = tl.load(factors + at * (4 * BT) + BT + row)
+            if norms is not None:
+                b = b / tl.load(norm_q + row)
+            through *= b[:, None]
+            if dg is not None:  # over m, from the entry state to m or later; over the whole chunk
+                own = _row_products(through, _rows_of(q, q_t, live, K, BT, BK), PRECISION)
+                if norms is not None:
+                    own *= tl.load(norm_q + row)
+                if PARTS == 2:
+                    column = tl.arange(0, BV)
+                    whole = tl.where(column[:, None] == column[None, :], whole, 0.0)
+                total = tl.load(decay + at)
+                gate = tl.where(total == 0, 0.0, total * tl.sum(whole)) + tl.load(sums + at * (2 * BT) + BT + row)
+            if QUERIES:
+                grad_q += through
+                scores = tl.load(_square(inner_at, BT))
+                grad_q = dot(scores, _rows_of(k, k_t, live, K, BT, BK), grad_q, PRECISION)
+                if group == 1:  # now, not behind the loop: two sums fill the registers
+                    _store_rows(dq, grad_q, q, q_t, H * K, norm_q, token, live, K, BT, BK)
+
+        if KEYS:
+            through = tl.zeros((BT, BK), compute)
+            for first in tl.range(0, last, BV, num_stages=STAGES):
+                columns = V - first
+                X_tile = _rows_of(X + at * (BT * V) + first * BT, BT, columns, BT, BV, BT)
+                dS_tile = _rows_of(dS + at * (K * V) + first * K, K, columns, K, BV, BK)
+                through = dot(tl.trans(X_tile), dS_tile, through, PRECISION)
+            exit = tl.load(factors + at * (4 * BT) + 2 * BT + row)
+            if norms is not None:
+                exit = exit / tl.load(norm_k + row)
+            through *= exit[:, None]
+            if dg is not None:  # over m, to the exit state from before it
+                later = _row_products(through, _rows_of(k, k_t, live, K, BT, BK), PRECISION)
+                if norms is not None:
+                    later *= tl.load(norm_k + row)
+            if dk is not None:
+                grad_k += through
+            through = tl.zeros((BT, BK), compute)
+            for first in tl.range(0, last, BV, num_stages=STAGES):
+                columns = V - first
+                dR_tile = _rows_of(dR + at * (BT * V) + first * BT, BT, columns, BT, BV, BT)
+                S_tile = _rows_of(S0_at + first * K, K, columns, K, BV, BK)
+                through = dot(tl.trans(dR_tile), S_tile, through, PRECISION)
+            entry = tl.load(factors + at * (4 * BT) + row)
+            if norms is not None:
+                entry = entry / tl.load(norm_k + row)
+            rate = tl.load(factors + at * (4 * BT) + 3 * BT + row)
+            through *= entry[:, None]
+            if sums is not None:
+                read = _row_products(through, _rows_of(k, k_t, live, K, BT, BK), PRECISION)
+                if norms is not None:
+                    read *= tl.load(norm_k + row)
+            if dk is not None:
+                grad_k -= through * rate[:, None]
+            if dk is not None:
+                scores = tl.load(_square(inner_at + QUERIES * BT * BT, BT))
+                grad_k = dot(scores, _rows_of(q, q_t, live, K, BT, BK), grad_k, PRECISION)
+                scores = tl.load(_square(inner_at + (QUERIES + 1) * BT * BT, BT))
+                grad_k = dot(scores, _rows_of(k, k_t, live, K, BT, BK), grad_k, PRECISION)
             if dbeta is not None:
-                v_tile = _rows_of(v_at + first, v_t, live, columns, BT, BV)
-                dots += tl.sum(dR_tile.to(compute) * tl.trans(v_tile), 0)
-        k_tile = _rows_of(k, k_t, live, K, BT, BK)
-        paths = scores
-        if dg is not None:
-            paths *= tl.load(P + at * (BT * BT) + row[:, None] * BT + row[None, :])
-        if gamma is not None:
-            between = tl.load(gamma + at * (BT * BT) + row[:, None] * BT + row[None, :]).to(compute)
-            scores *= between
-            over *= between
-            under *= between
-        if norms is not None:
-            scores *= r_q[None, :]
-            over *= r_k[None, :]
-            under *= r_k[None, :]
-        scores = cast(tl.where(lower, 0.0, scores * scale), narrow)
-        over = tl.where(upper, over * rate[None, :], 0.0)
-        under = tl.where(lower, under, 0.0)
-        if (dbeta is not None) or (dg is not None):
-            kk = dot(k_tile, tl.trans(k_tile), None, PRECISION)
-            if norms is not None:
-                kk *= r_k[:, None]
-        if dbeta is not None:
-            dots -= tl.sum(under * kk, 1)
-        if dg is not None:
-            # [j, m]: the paths over m from j to m or later, by way of P or of the inverse.
-            paths = _sums_from(tl.where(upper, paths - over * kk, 0.0), BT, PARTS)
-            gate = tl.sum(tl.where(upper, paths, 0.0), 0)
-        under = cast(-under * rate[:, None] - over, narrow)
-
-        # Through the chunk's exit state, and through its entry state.
-        to_end = tl.zeros((BT, BK), compute)
-        from_start = tl.zeros((BT, BK), compute)
-        # <dS1, S0>: on tensor cores the trace of a product; in IEEE arithmetic a sum of short sums, which rounds less.
-        whole = tl.zeros((BK,), compute) if PARTS == 1 else tl.zeros((BV, BV), compute)
-        for first in tl.range(0, last, BV, num_stages=STAGES):
-            columns = V - first
-            X_tile = _rows_of(X + at * (BT * V) + first * BT, BT, columns, BT, BV, BT)
-            dR_tile = _rows_of(dR + at * (BT * V) + first * BT, BT, columns, BT, BV, BT)
-            S_tile = _rows_of(S0 + at * (K * V) + first * K, K, columns, K, BV, BK)
-            dS_tile = _rows_of(dS + at * (K * V) + first * K, K, columns, K, BV, BK)
-            to_end = dot(tl.trans(X_tile), dS_tile, to_end, PRECISION)
-            from_start = dot(tl.trans(dR_tile), S_tile, from_start, PRECISION)
+                inside = tl.load(sums + at * (2 * BT) + row)
+                tl.store(dbeta + (token + row) * HV + hv, cast(inside - read, dbeta.dtype.element_ty), mask=alive)
             if dg is not None:
-                if PARTS == 1:
-                    whole += tl.sum(S_tile.to(compute) * dS_tile, 0)
-                else:
-                    whole = dot(S_tile, tl.trans(dS_tile), whole, PRECISION)
-        to_end *= exit[:, None]
-        from_start *= entry[:, None]
-        own = tl.sum(from_start * k_tile, 1)
-        if norms is not None:
-            own *= r_k
-        if dbeta is not None:
-            tl.store(dbeta + (token + row) * HV + hv, cast(dots - own, dbeta.dtype.element_ty), mask=alive)
-        if dg is not None:
-            # Over m to the exit state from before it, and from the entry state to m or later; over the whole chunk.
-            own = tl.load(dg_start + at * BT + row, mask=alive, other=0.0) - rate * own
-            later = tl.sum(to_end * k_tile, 1)
-            if norms is not None:
-                later *= r_k
-            ends = tl.where(upper, later[:, None], own[:, None])
-            if PARTS == 2:
-                column = tl.arange(0, BV)
-                whole = tl.where(column[:, None] == column[None, :], whole, 0.0)
-            whole = tl.sum(whole)
-            total = tl.load(decay + at)
-            gate += tl.sum(ends, 0) + tl.where(total == 0, 0.0, total * whole)
-            tl.store(dg + (token + row) * HV + hv, cast(gate, dg.dtype.element_ty), mask=alive)
-        if dk is not None:
-            grad += to_end - from_start * rate[:, None]
-            grad = dot(scores, _rows_of(q, q_t, live, K, BT, BK), grad, PRECISION)
-            grad = dot(under, k_tile, grad, PRECISION)
+                own = tl.where(alive, own - rate * read, 0.0)
+                gate += tl.sum(tl.where(upper, later[:, None], own[:, None]), 0)
+                tl.store(dg + (token + row) * HV + hv, cast(gate, dg.dtype.element_ty), mask=alive)
+    if QUERIES and group > 1:
+        _store_rows(dq, grad_q, q, q_t, H * K, norm_q, token, live, K, BT, BK)
     if dk is not None:
-        if norms is not None:  # a group's heads share r_k
-            r_k = tl.load(norms + (tl.cast(slot, tl.int64) * HV + head * group) * (2 * BT) + row)
-            grad = _through_norm(grad * r_k[:, None], _rows_of(k, k_t, live, K, BT, BK))
-        store_tile(dk, cast(grad, narrow), token, live, H * K, K, BT, BK, False)
+        _store_rows(dk, grad_k, k, k_t, H * K, norm_k, token, live, K, BT, BK)

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from ._config import delta_rule_prepare_config
-from ._launch import arch, cdiv, on_device, precision
+from ._launch import arch, cdiv, constexprs, launch, on_device, precision
 from ._tiles import cast, dot, fine_dot, first_slot, not_finite, sequence_bounds, sequence_of_slot
 
 
@@ -326,27 +326,12 @@ def prepare(q, k, beta, g, cu_seqlens, *, scale, qk_l2norm, forward, BT, rows=No
     norms = torch.empty_like(factors[:, :, :2]) if qk_l2norm and not forward else None
     if slots and T:
         with on_device(q):
-            prepare_kernel[(slots, HV)](
-                q,
-                k,
-                beta,
-                g,
-                M,
-                P,
-                factors,
-                decay,
-                gamma,
-                norms,
-                scratch,
-                cu_seqlens,
-                scale,
-                T,
-                0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-                HV // H,
-                *q.stride()[:3],
-                *k.stride()[:3],
-                *beta.stride(),
-                *((0, 0, 0) if g is None else g.stride()),
+            args = (
+                q, k, beta, g, M, P, factors, decay, gamma, norms, scratch, cu_seqlens, scale, T, 0 if cu_seqlens is
+                None else cu_seqlens.shape[0] - 1, HV // H, *q.stride()[:3], *k.stride()[:3], *beta.stride(), *((0, 0,
+                0) if g is None else g.stride()),
+            )  # fmt: skip
+            constants = constexprs(
                 K=K,
                 ROWS=rows,
                 BT=BT,
@@ -357,6 +342,7 @@ def prepare(q, k, beta, g, cu_seqlens, *, scale, qk_l2norm, forward, BT, rows=No
                 INVERSE_PRECISION=inverse_precision(q.dtype),
                 **config.options,
             )
+            launch(prepare_kernel, (slots, HV), args, constants)
     return Chunks(M, P, factors, decay, gamma, norms)
 
 

@@ -76,6 +76,22 @@ def choose_afresh():
     _backend._first_that_runs.cache_clear()
 
 
+@pytest.fixture
+def interpreters_rows(monkeypatch):
+    """`interpreters_rows(False)`: launch as on a GPU, not by the interpreter's own rows of the launch tables."""
+    from fla_ops.kernels import _config
+
+    def take(on):
+        monkeypatch.setattr(_config, "INTERPRET", on)
+        for table in vars(_config).values():
+            if hasattr(table, "cache_clear"):
+                table.cache_clear()
+
+    before = _config.INTERPRET
+    yield take
+    take(before)
+
+
 @pytest.fixture(params=[*BACKENDS, *SIMT])
 def backend(request):
     """Each backend that runs on CPU tensors here; the CUDA kernels among them, under the name "native"."""

@@ -16,11 +16,9 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 
 @pytest.fixture(autouse=True)
-def tiles_of_a_gpu(monkeypatch):
+def tiles_of_a_gpu(interpreters_rows):
     """The interpreter's own row of the launch table, wider for its speed, is what the other tests run."""
-    from fla_ops.kernels import _config
-
-    monkeypatch.setattr(_config, "INTERPRET", False)
+    interpreters_rows(False)
 
 
 LAYOUTS = {

@@ -19,10 +19,8 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 
 @pytest.fixture(autouse=True)
-def rows_of_a_gpu(monkeypatch):
-    from fla_ops.kernels import _config
-
-    monkeypatch.setattr(_config, "INTERPRET", False)
+def rows_of_a_gpu(interpreters_rows):
+    interpreters_rows(False)
 
 
 def taking(arch, monkeypatch):
@@ -103,11 +101,11 @@ def test_segments_are_cut_on_an_empty_card_only():
 
 @pytest.mark.parametrize("rows", [63, 60, 15])
 @pytest.mark.parametrize("lengths", [None, [64, 0, 66]], ids=["one", "packed"])
-def test_live_rows(rows, lengths, monkeypatch):
+def test_live_rows(rows, lengths, interpreters_rows):
     """Straight to the launchers: no public function asks for it yet."""
-    from fla_ops.kernels import _config, delta_rule
+    from fla_ops.kernels import delta_rule
 
-    monkeypatch.setattr(_config, "INTERPRET", DEVICE == "cpu")  # float64 tiles of 64 rows
+    interpreters_rows(DEVICE == "cpu")  # float64 tiles of 64 rows
     inputs = random_inputs(
         T=130, H=1, HV=2, K=20, V=24, dtype=torch.float64, state=torch.float64,
         sequences=None if lengths is None else len(lengths),

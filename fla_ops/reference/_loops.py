@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from fla_ops._autocast import has_autocast
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 stays, everything else computes in float32."""
@@ -40,7 +42,7 @@ def without_autocast(op: Callable) -> Callable:
     @functools.wraps(op)
     def run(*args, **options):
         device = next(x.device.type for x in (*args, *options.values()) if isinstance(x, torch.Tensor))
-        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        if not has_autocast(device) or not torch.is_autocast_enabled(device):
             return op(*args, **options)
         with torch.autocast(device, enabled=False):
             return op(*args, **options)
