@@ -71,22 +71,22 @@ def delta_rule_backward_config(K: int, V: int, dtype: torch.dtype, arch: str) ->
 
 
 @functools.cache
-def delta_rule_gradients_config(
-    kernel: str, grouped: bool, K: int, V: int, dtype: torch.dtype, arch: str
-) -> LaunchConfig:
-    """One program a chunk and head; BV value columns of states and values at a time.
-
-    `kernel`: "scores", one program a value head, or "rows", one a query head, which adds several if `grouped`.
-    """
+def delta_rule_gradients_config(kernel: str, K: int, V: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
+    """One program a chunk and value head for the "scores", a chunk and query head for the "rows"; BV value columns of
+    states and values at a time."""
     if INTERPRET:
         return LaunchConfig(BT=16 if dtype == torch.float32 else 64, BV=_power_of_two(V))
     BT = delta_rule_forward_config(K, V, dtype, arch).BT
-    if dtype.itemsize == 2:
-        BV = min(_power_of_two(V), 64 if K <= 128 and _roomy(arch) else 32)
-        stages = 1 if arch.startswith("gfx") else 2
-        wide = K > 128 or (K > 64 and kernel == "rows" and (grouped or not _roomy(arch)))
-        return LaunchConfig(BT=BT, BV=BV, num_warps=_warps(256 if wide else 128, arch), num_stages=stages)
-    return LaunchConfig(BT=BT, BV=16, num_warps=_warps(128 if K <= 128 else 256, arch), num_stages=1)
+    if dtype.itemsize > 2:
+        return LaunchConfig(BT=BT, BV=16, num_warps=_warps(128 if K <= 128 else 256, arch), num_stages=1)
+    BV = min(_power_of_two(V), 64 if _roomy(arch) else 32)
+    stages = 1 if arch.startswith("gfx") else 2
+    if kernel == "scores":
+        return LaunchConfig(BT=BT, BV=BV, num_warps=_warps(128, arch), num_stages=stages)
+    # Three sums over all channels of the rows, and two more where value heads are added: 255 registers a thread.
+    if K > 128 or arch == "sm_120":
+        stages = 1
+    return LaunchConfig(BT=BT, BV=BV, num_warps=_warps(256 if K > 64 else 128, arch), num_stages=stages)
 
 
 @functools.cache

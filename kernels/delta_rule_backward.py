@@ -1,28 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of the delta rule: five launches, of which one walks the sequence.
+"""Gradients of the delta rule: four launches, of which one walks the sequence.
 
 Names as in `delta_rule_prepare.py`, M with the ones of its diagonal. For a chunk with entry state S0, new values X
 and the gradient dS1 of its exit state (reference/delta_rule.md derives it, gamma_ij = e^{G_i - G_j}):
 
     prepare   M, P, a, b, c and decay again, and gamma                                       parallel over chunks
-    replay    S0 and X = M (beta (V - a (K S0))), from the saved states                      parallel over saved states
-    reverse   dX = P^T dO + c (K dS1)    dR = M^T dX    dV = beta dR                         walks the sequence
-              dS0 = decay dS1 + Q^T (b dO) - K^T (a dV)
-    queries   dQ = b (dO S0^T) + W K            W = scale r_q r_k gamma o tril(dO X^T)       parallel over chunks
-    keys      dK = c (X dS1^T) + W^T Q - beta a (dR S0^T) + (B + B^T) K                      parallel over chunks
+    walks     reverse: dX = P^T dO + c (K dS1)    dR = M^T dX    dV = beta dR                along the sequence
+                       dS0 = decay dS1 + Q^T (b dO) - K^T (a dV)
+              replay:  S0 and X = M (beta (V - a (K S0))), from the saved states             parallel over saved states
+    scores    W = scale r_q r_k gamma o tril(dO X^T)                                         parallel over chunks
               B = -beta D, D = r_k r_k gamma o strictLower(dR X^T)
+    rows      dQ = b (dO S0^T) + W K                                                         parallel over chunks
+              dK = c (X dS1^T) + W^T Q - beta a (dR S0^T) + (B + B^T) K
               dbeta = rowsum(dR o V) - a k . (dR S0^T) - rowsum(D o K K^T)
               dg_m = sum over i >= m > j of (dO X^T o P + B o K K^T)_ij                      paths inside the chunk
                    + sum over i >= m of (b q . (dO S0^T) - beta a k . (dR S0^T))_i           from its start
                    + sum over j < m of (c k . (X dS1^T))_j + decay <dS1, S0>                 to its end
 
-dg adds path by path: no large terms cancel, and a path over a token with g = -inf carries a factor 0. With qk_l2norm a
-row x of q or k ends with dx -= x (x . dx) / |x|^2. One program adds a group's value heads, in order.
+The replays run beside the reverse walks, which leave most of a GPU idle. dg adds path by path: no large terms cancel,
+and a path over a token with g = -inf carries a factor 0; `scores` adds those inside of chunks. With qk_l2norm a row x
+of q or k ends with dx -= x (x . dx) / |x|^2. One program of `rows` adds a group's value heads, in order.
 
 States, sums and row factors are float32 (float64 for float64); what goes from launch to launch has the input dtype.
-Workspace a token and value head, in elements of it: 2 K V / BT (S0, dS1), 2 V (X, dR), 3 BT (M, P, gamma), and 23
-float32 (a, b, c, beta, two norms, a part of dg, 16 of `prepare`): 2,012 bytes at K = V = 128, BT = 64 in bfloat16.
-The kernels of queries and keys are in delta_rule_gradients.py.
+Workspace a token and value head, in elements of it: 2 K V / BT (S0, dS1), 2 V (X, dR), 5 BT (M, P, gamma, W, B), and
+25 float32 (a, b, c, beta, two norms, parts of dbeta and dg, 17 of `prepare`): 2,276 bytes at K = V = 128, BT = 64 in
+bfloat16. The kernels of scores and rows are in delta_rule_gradients.py.
 """
 
 import torch
@@ -461,7 +463,7 @@ def backward(
     X = q.new_empty(slots, HV, V, BT) if rows_too else None
     dS = torch.empty_like(S0) if keys else None
     dR = torch.empty_like(X) if keys else None
-    inner = q.new_empty(slots, HV, need_q + 2 * keys, BT, BT) if rows_too else None
+    inner = q.new_empty(slots, HV, 1 + keys, BT, BT) if rows_too else None
     sums = torch.empty(slots, HV, 2, BT, dtype=compute, device=q.device) if need_beta or need_g else None
 
     align = alignment(q, k, v, do)
@@ -477,7 +479,7 @@ def backward(
     stages = config.num_stages if N * HV * blocks <= multiprocessors(q) and tma else two  # as in the forward
 
     def by_chunk(kernel: str) -> dict:
-        row = delta_rule_gradients_config(kernel, HV > H, K, V, q.dtype, arch())
+        row = delta_rule_gradients_config(kernel, K, V, q.dtype, arch())
         given = {"BV": row.BV, "STAGES": row.num_stages, "PRECISION": precision(q.dtype)}
         return sizes | given | {"PARTS": 2 if q.dtype.itemsize == 2 else 1} | row.options
 
@@ -505,7 +507,7 @@ def backward(
                 k, v, do, P, gamma, norms, factors, X, dR, inner, sums, cu_seqlens, scale, T, N, HV // H,
                 *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
             )  # fmt: skip
-            constants = constexprs(QUERIES=need_q, KEYS=keys, **by_chunk("scores"))
+            constants = constexprs(**by_chunk("scores"))
             launch(score_gradients_kernel, (slots, HV), args, constants)
             args = (
                 q, k, do, inner, sums, norms, factors, decay, S0, X, dR, dS, dq, dk, dbeta, dg, cu_seqlens, T, N, HV //

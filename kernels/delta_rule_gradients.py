@@ -95,14 +95,14 @@ def _row_products(sums, rows, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _store_rows(dx, grad, x, x_t, dx_t, norm, token, live, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr):
+def _store_rows(dx, grad, x, row_stride, norm, token, live, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr):
     """The gradient of rows x; `grad` is that of x, or where norms are taken that of x times its norm's inverse r."""
     if norm is not None:
-        x = _rows_of(x, x_t, live, K, BT, BK).to(grad.dtype)
+        x = x.to(grad.dtype)
         r = tl.load(norm + tl.arange(0, BT))
         grad *= r[:, None]
         grad -= x * (tl.sum(grad * x, 1) * r * r)[:, None]
-    store_tile(dx, cast(grad, dx.dtype.element_ty), token, live, dx_t, K, BT, BK, False)
+    store_tile(dx, cast(grad, dx.dtype.element_ty), token, live, row_stride, K, BT, BK, False)
 
 
 @triton.jit
@@ -123,7 +123,7 @@ def score_gradients_kernel(
     factors,  # [slots, HV, 4, BT]: a, b, c, beta
     X,  # [slots, HV, V, BT]
     dR,  # [slots, HV, V, BT] or None
-    inner,  # [slots, HV, 1 or 3, BT, BT]: W without r_q of its rows; W^T and B + B^T without r_k of theirs
+    inner,  # [slots, HV, 1 or 2, BT, BT]: W^T; B^T unless dR is None
     sums,  # [slots, HV, 2, BT] or None: parts of dbeta and dg
     cu_seqlens,  # [N + 1] or None
     scale,
@@ -146,15 +146,13 @@ def score_gradients_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     ALIGN: tl.constexpr,  # the batch strides of k, v and do are multiples of this
-    QUERIES: tl.constexpr,  # make W
-    KEYS: tl.constexpr,  # make W^T and B + B^T
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     PARTS: tl.constexpr,  # of `_sums_from`
 ):
-    """Score matrices of keys are [key's row, query's or later row]: their product with rows needs no transposing.
+    """Score matrices are [key's row, query's or later row], W^T and B^T: half of their products need no transposing.
 
-    The norm of a row stays outside of what is rounded to float16, which would overflow.
+    They leave without norms, which float16 has not the range for.
     """
     slot = tl.program_id(0)
     hv = tl.program_id(1).to(tl.int64)
@@ -167,76 +165,59 @@ def score_gradients_kernel(
     row = tl.arange(0, BT)
     last = _rolled(V, BV)
     upper = row[:, None] < row[None, :]
-    lower = row[:, None] > row[None, :]
     at = tl.cast(slot, tl.int64) * HV + hv
     k += tl.multiple_of(batch * k_b, ALIGN) + token * k_t + (hv // group) * k_h
     v += tl.multiple_of(batch * v_b, ALIGN) + token * v_t + hv * v_h
     do += tl.multiple_of(batch * do_b, ALIGN) + token * do_t + hv * do_h
     X += at * (BT * V)
-    P += at * (BT * BT)
-    inner += at * ((BT * BT) * (QUERIES + 2 * KEYS))
-    if gamma is not None:
-        gamma += at * (BT * BT)
-    if norms is not None:
-        r_k = tl.load(norms + at * (2 * BT) + row)
-        r_q = tl.load(norms + at * (2 * BT) + BT + row)
+    inner += at * ((BT * BT) * (1 if dR is None else 2))
 
-    if QUERIES:
-        scores = tl.zeros((BT, BT), compute)  # dO X^T
-        for first in tl.range(0, last, BV, num_stages=STAGES):
-            columns = V - first
-            do_tile = _rows_of(do + first, do_t, live, columns, BT, BV)
-            X_tile = _rows_of(X + first * BT, BT, columns, BT, BV, BT)
-            scores = dot(do_tile, X_tile, scores, PRECISION)
-        if gamma is not None:
-            scores *= tl.load(_square(gamma, BT))
-        if norms is not None:
-            scores *= r_k[None, :]
-        tl.store(_square(inner, BT), cast(tl.where(upper, 0.0, scores * scale), narrow))
-        inner += BT * BT
-    if KEYS:
-        dR += at * (BT * V)
-        scores = tl.zeros((BT, BT), compute)  # X dO^T
-        over = tl.zeros((BT, BT), compute)  # X dR^T
-        under = tl.zeros((BT, BT), compute)  # its transpose
-        rate = tl.load(factors + at * (4 * BT) + 3 * BT + row)
-        dots = tl.zeros((BT,), compute)
-        for first in tl.range(0, last, BV, num_stages=STAGES):
-            columns = V - first
-            X_tile = _rows_of(X + first * BT, BT, columns, BT, BV, BT)
-            dR_tile = _rows_of(dR + first * BT, BT, columns, BT, BV, BT)
-            do_tile = _rows_of(do + first, do_t, live, columns, BT, BV)
-            scores = dot(tl.trans(X_tile), tl.trans(do_tile), scores, PRECISION)
+    scores = tl.zeros((BT, BT), compute)  # X dO^T
+    over = tl.zeros((BT, BT), compute)  # X dR^T
+    dots = tl.zeros((BT,), compute)
+    for first in tl.range(0, last, BV, num_stages=STAGES):
+        columns = V - first
+        X_tile = _rows_of(X + first * BT, BT, columns, BT, BV, BT)
+        do_tile = _rows_of(do + first, do_t, live, columns, BT, BV)
+        scores = dot(tl.trans(X_tile), tl.trans(do_tile), scores, PRECISION)
+        if dR is not None:
+            dR_tile = _rows_of(dR + at * (BT * V) + first * BT, BT, columns, BT, BV, BT)
             over = dot(tl.trans(X_tile), dR_tile, over, PRECISION)
-            under = dot(tl.trans(dR_tile), X_tile, under, PRECISION)
             if sums is not None:
                 v_tile = _rows_of(v + first, v_t, live, columns, BT, BV)
                 dots += tl.sum(dR_tile.to(compute) * tl.trans(v_tile), 0)
-        if sums is not None:
-            paths = scores * tl.load(_square(P, BT))
-        if gamma is not None:
-            between = tl.load(_square(gamma, BT)).to(compute)
-            scores *= between
-            over *= between
-            under *= between
+    if sums is not None:
+        paths = scores * tl.load(_square(P + at * (BT * BT), BT))
+    if gamma is not None:
+        between = tl.load(_square(gamma + at * (BT * BT), BT)).to(compute)
+        scores *= between
+        over *= between
+    tl.store(_square(inner, BT), cast(tl.where(row[:, None] <= row[None, :], scores * scale, 0.0), narrow))
+    if dR is not None:
+        rate = tl.load(factors + at * (4 * BT) + 3 * BT + row)
+        over = tl.where(upper, over, 0.0)
+        tl.store(_square(inner + BT * BT, BT), cast(over * -rate[None, :], narrow))
+    if sums is not None:
+        k_tile = _rows_of(k, k_t, live, K, BT, BK)
+        over *= dot(k_tile, tl.trans(k_tile), None, PRECISION)
         if norms is not None:
-            scores *= r_q[None, :]
-            over *= r_k[None, :]
-            under *= r_k[None, :]
-        tl.store(_square(inner, BT), cast(tl.where(lower, 0.0, scores * scale), narrow))
-        over = tl.where(upper, over * rate[None, :], 0.0)
-        under = tl.where(lower, under, 0.0)
-        tl.store(_square(inner + BT * BT, BT), cast(-under * rate[:, None] - over, narrow))
-        if sums is not None:
-            k_tile = _rows_of(k, k_t, live, K, BT, BK)
-            kk = dot(k_tile, tl.trans(k_tile), None, PRECISION)
-            if norms is not None:
-                kk *= r_k[:, None]
-            sums += at * (2 * BT) + row
-            tl.store(sums, dots - tl.sum(under * kk, 1))
-            # [j, m]: the paths over m from j to m or later, by way of P or of the inverse.
-            paths = _sums_from(tl.where(upper, paths - over * kk, 0.0), BT, PARTS)
-            tl.store(sums + BT, tl.sum(tl.where(upper, paths, 0.0), 0))
+            r_k = tl.load(norms + at * (2 * BT) + row)
+            over *= r_k[:, None] * r_k[None, :]
+        over = tl.where(upper, over, 0.0)
+        sums += at * (2 * BT) + row
+        tl.store(sums, dots - tl.sum(over, 0))
+        # [j, m]: the paths over m from j to m or later, by way of P or of the inverse.
+        paths = _sums_from(tl.where(upper, paths - over * rate[None, :], 0.0), BT, PARTS)
+        tl.store(sums + BT, tl.sum(tl.where(upper, paths, 0.0), 0))
+
+
+@triton.jit
+def _times(x, r, TRANSPOSED: tl.constexpr):
+    """A matrix of scores for its product with rows whose norms have the inverses r; x where r is None."""
+    if r is not None:
+        r = tl.load(r + tl.arange(0, x.shape[0]))
+        x = cast(x * (r[:, None] if TRANSPOSED else r[None, :]), x.dtype)
+    return tl.trans(x) if TRANSPOSED else x
 
 
 @triton.jit(do_not_specialize=["T", "N", "q_b", "k_b", "do_b"])
@@ -244,7 +225,7 @@ def row_gradients_kernel(
     q,  # [B, T, H, K]
     k,  # [B, T, H, K]
     do,  # [B, T, HV, V]
-    inner,  # [slots, HV, 1 to 3, BT, BT], as score_gradients_kernel left it
+    inner,  # [slots, HV, 1 or 2, BT, BT], as score_gradients_kernel left it
     sums,  # [slots, HV, 2, BT] or None, likewise
     norms,  # [slots, HV, 2, BT] or None: r_k, r_q
     factors,  # [slots, HV, 4, BT]: a, b, c, beta
@@ -281,7 +262,7 @@ def row_gradients_kernel(
     PRECISION: tl.constexpr,
     PARTS: tl.constexpr,  # 1: add products of states in IEEE arithmetic
 ):
-    """One sum over rows at a time: through the entry state for queries, the exit and the entry state for keys.
+    """Through the entry state for queries, through the exit and the entry state for keys.
 
     The norm of a row stays outside of the products until the end: float16 would overflow.
     """
@@ -328,92 +309,82 @@ def row_gradients_kernel(
         hv = head * group + member
         at = tl.cast(slot, tl.int64) * HV + hv
         do_at = do + tl.multiple_of(batch * do_b, ALIGN) + token * do_t + hv * do_h
-        S0_at = S0 + at * (K * V)
-        inner_at = inner + at * ((BT * BT) * (QUERIES + 2 * KEYS))
+        inner_at = _square(inner + at * ((BT * BT) * (1 if dR is None else 2)), BT)
 
-        if QUERIES or (dg is not None):
-            through = tl.zeros((BT, BK), compute)
-            # <dS1, S0>: on tensor cores the trace of a product; in IEEE arithmetic a sum of short sums, which rounds
-            # less.
-            whole = tl.zeros((BK,), compute) if PARTS == 1 else tl.zeros((BV, BV), compute)
-            for first in tl.range(0, last, BV, num_stages=STAGES):
-                columns = V - first
+        through = tl.zeros((BT, BK), compute)  # the entry state, from queries
+        to_end = tl.zeros((BT, BK), compute)
+        from_start = tl.zeros((BT, BK), compute)
+        # <dS1, S0>: on tensor cores the trace of a product; in IEEE arithmetic a sum of short sums, which rounds less.
+        whole = tl.zeros((BK,), compute) if PARTS == 1 else tl.zeros((BV, BV), compute)
+        for first in tl.range(0, last, BV, num_stages=STAGES):  # states are read once: they are most of what is read
+            columns = V - first
+            S_tile = _rows_of(S0 + at * (K * V) + first * K, K, columns, K, BV, BK)
+            if QUERIES or (dg is not None):
                 do_tile = _rows_of(do_at + first, do_t, live, columns, BT, BV)
-                S_tile = _rows_of(S0_at + first * K, K, columns, K, BV, BK)
                 through = dot(do_tile, S_tile, through, PRECISION)
+            if KEYS:
+                X_tile = _rows_of(X + at * (BT * V) + first * BT, BT, columns, BT, BV, BT)
+                dR_tile = _rows_of(dR + at * (BT * V) + first * BT, BT, columns, BT, BV, BT)
+                dS_tile = _rows_of(dS + at * (K * V) + first * K, K, columns, K, BV, BK)
+                to_end = dot(tl.trans(X_tile), dS_tile, to_end, PRECISION)
+                from_start = dot(tl.trans(dR_tile), S_tile, from_start, PRECISION)
                 if dg is not None:
-                    dS_tile = _rows_of(dS + at * (K * V) + first * K, K, columns, K, BV, BK)
                     if PARTS == 1:
                         whole += tl.sum(S_tile.to(compute) * dS_tile, 0)
                     else:
                         whole = dot(S_tile, tl.trans(dS_tile), whole, PRECISION)
+        q_tile = _rows_of(q, q_t, live, K, BT, BK)
+        k_tile = _rows_of(k, k_t, live, K, BT, BK)
+
+        if QUERIES or (dg is not None):
             b = tl.load(factors + at * (4 * BT) + BT + row)
             if norms is not None:
                 b = b / tl.load(norm_q + row)
             through *= b[:, None]
-            if dg is not None:  # over m, from the entry state to m or later; over the whole chunk
-                own = _row_products(through, _rows_of(q, q_t, live, K, BT, BK), PRECISION)
+            if dg is not None:  # over m, from the entry state to m or later
+                own = _row_products(through, q_tile, PRECISION)
                 if norms is not None:
                     own *= tl.load(norm_q + row)
+            if QUERIES:
+                grad_q += through
+                grad_q = dot(_times(tl.load(inner_at), norm_k, True), k_tile, grad_q, PRECISION)
+                if group == 1:  # now, not behind the loop: sums fill the registers
+                    _store_rows(dq, grad_q, q_tile, H * K, norm_q, token, live, K, BT, BK)
+        if KEYS:
+            exit = tl.load(factors + at * (4 * BT) + 2 * BT + row)
+            entry = tl.load(factors + at * (4 * BT) + row)
+            rate = tl.load(factors + at * (4 * BT) + 3 * BT + row)
+            if norms is not None:
+                exit = exit / tl.load(norm_k + row)
+                entry = entry / tl.load(norm_k + row)
+            from_start *= entry[:, None]
+            if sums is not None:
+                read = _row_products(from_start, k_tile, PRECISION)
+                if norms is not None:
+                    read *= tl.load(norm_k + row)
+            if dbeta is not None:
+                inside = tl.load(sums + at * (2 * BT) + row)
+                tl.store(dbeta + (token + row) * HV + hv, cast(inside - read, dbeta.dtype.element_ty), mask=alive)
+            to_end *= exit[:, None]
+            if dg is not None:
+                later = _row_products(to_end, k_tile, PRECISION)  # over m, to the exit state from before it
+                if norms is not None:
+                    later *= tl.load(norm_k + row)
+                own = tl.where(alive, own - rate * read, 0.0)
                 if PARTS == 2:
                     column = tl.arange(0, BV)
                     whole = tl.where(column[:, None] == column[None, :], whole, 0.0)
                 total = tl.load(decay + at)
                 gate = tl.where(total == 0, 0.0, total * tl.sum(whole)) + tl.load(sums + at * (2 * BT) + BT + row)
-            if QUERIES:
-                grad_q += through
-                scores = tl.load(_square(inner_at, BT))
-                grad_q = dot(scores, _rows_of(k, k_t, live, K, BT, BK), grad_q, PRECISION)
-                if group == 1:  # now, not behind the loop: two sums fill the registers
-                    _store_rows(dq, grad_q, q, q_t, H * K, norm_q, token, live, K, BT, BK)
-
-        if KEYS:
-            through = tl.zeros((BT, BK), compute)
-            for first in tl.range(0, last, BV, num_stages=STAGES):
-                columns = V - first
-                X_tile = _rows_of(X + at * (BT * V) + first * BT, BT, columns, BT, BV, BT)
-                dS_tile = _rows_of(dS + at * (K * V) + first * K, K, columns, K, BV, BK)
-                through = dot(tl.trans(X_tile), dS_tile, through, PRECISION)
-            exit = tl.load(factors + at * (4 * BT) + 2 * BT + row)
-            if norms is not None:
-                exit = exit / tl.load(norm_k + row)
-            through *= exit[:, None]
-            if dg is not None:  # over m, to the exit state from before it
-                later = _row_products(through, _rows_of(k, k_t, live, K, BT, BK), PRECISION)
-                if norms is not None:
-                    later *= tl.load(norm_k + row)
-            if dk is not None:
-                grad_k += through
-            through = tl.zeros((BT, BK), compute)
-            for first in tl.range(0, last, BV, num_stages=STAGES):
-                columns = V - first
-                dR_tile = _rows_of(dR + at * (BT * V) + first * BT, BT, columns, BT, BV, BT)
-                S_tile = _rows_of(S0_at + first * K, K, columns, K, BV, BK)
-                through = dot(tl.trans(dR_tile), S_tile, through, PRECISION)
-            entry = tl.load(factors + at * (4 * BT) + row)
-            if norms is not None:
-                entry = entry / tl.load(norm_k + row)
-            rate = tl.load(factors + at * (4 * BT) + 3 * BT + row)
-            through *= entry[:, None]
-            if sums is not None:
-                read = _row_products(through, _rows_of(k, k_t, live, K, BT, BK), PRECISION)
-                if norms is not None:
-                    read *= tl.load(norm_k + row)
-            if dk is not None:
-                grad_k -= through * rate[:, None]
-            if dk is not None:
-                scores = tl.load(_square(inner_at + QUERIES * BT * BT, BT))
-                grad_k = dot(scores, _rows_of(q, q_t, live, K, BT, BK), grad_k, PRECISION)
-                scores = tl.load(_square(inner_at + (QUERIES + 1) * BT * BT, BT))
-                grad_k = dot(scores, _rows_of(k, k_t, live, K, BT, BK), grad_k, PRECISION)
-            if dbeta is not None:
-                inside = tl.load(sums + at * (2 * BT) + row)
-                tl.store(dbeta + (token + row) * HV + hv, cast(inside - read, dbeta.dtype.element_ty), mask=alive)
-            if dg is not None:
-                own = tl.where(alive, own - rate * read, 0.0)
                 gate += tl.sum(tl.where(upper, later[:, None], own[:, None]), 0)
                 tl.store(dg + (token + row) * HV + hv, cast(gate, dg.dtype.element_ty), mask=alive)
+            if dk is not None:
+                grad_k += to_end - from_start * rate[:, None]
+                grad_k = dot(_times(tl.load(inner_at), norm_q, False), q_tile, grad_k, PRECISION)
+                B_tile = tl.load(inner_at + BT * BT)
+                grad_k = dot(_times(B_tile, norm_k, False), k_tile, grad_k, PRECISION)
+                grad_k = dot(_times(B_tile, norm_k, True), k_tile, grad_k, PRECISION)
     if QUERIES and group > 1:
-        _store_rows(dq, grad_q, q, q_t, H * K, norm_q, token, live, K, BT, BK)
+        _store_rows(dq, grad_q, _rows_of(q, q_t, live, K, BT, BK), H * K, norm_q, token, live, K, BT, BK)
     if dk is not None:
-        _store_rows(dk, grad_k, k, k_t, H * K, norm_k, token, live, K, BT, BK)
+        _store_rows(dk, grad_k, _rows_of(k, k_t, live, K, BT, BK), H * K, norm_k, token, live, K, BT, BK)

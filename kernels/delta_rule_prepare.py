@@ -75,18 +75,16 @@ def _transposed_inverse(A, scratch, BT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _decays(gates, g_t, gate, live, BT: tl.constexpr):
+def _decays(gates, gate, BT: tl.constexpr):
     """[j, i], i >= j: e to the sum of g over (j, i], from sums of g that are each added up by themselves.
 
     Never from differences of sums: those are wrong behind g = -1e4 and NaN behind -inf. Inside of blocks of 16 there is
     a sum for each pair; from block to block it is the product of three factors: to the end of j's block, over whole
-    blocks, and from the start of i's.
+    blocks, and from the start of i's. `gates` is `gate` [BT] in memory.
     """
     row = tl.arange(0, BT)
     t = tl.arange(0, 16)[None, :]
-    at = (row // 16 * 16)[:, None] + t
-    mask = (t > (row % 16)[:, None]) & (at < live)
-    inside = tl.load(gates + at * g_t, mask=mask, other=0.0).to(gate.dtype)
+    inside = tl.load(gates + ((row // 16 * 16)[:, None] + t), mask=t > (row % 16)[:, None], other=0.0)
     inside = tl.exp(tl.cumsum(inside, 1))
     if BT == 16:
         return inside
@@ -127,7 +125,7 @@ def prepare_kernel(
     decay,  # [slots, HV]
     gamma,  # [slots, HV, BT, BT] or None
     norms,  # [slots, HV, 2, BT] or None
-    scratch,  # [slots, HV, BT, 16]
+    scratch,  # [slots, HV, 17, BT]
     cu_seqlens,  # [N + 1] or None
     scale,
     T,
@@ -207,15 +205,15 @@ def prepare_kernel(
     if g is not None:
         gates = g + batch * g_b + token * g_t + head * g_h
         gate = tl.load(gates + row * g_t, mask=alive, other=0.0).to(compute)
-        following = tl.load(gates + (row + 1) * g_t, mask=row + 1 < live, other=0.0).to(compute)
+        line = scratch + here * (17 * BT) + 16 * BT  # without strides, and every row for every thread
+        tl.store(line + row, gate)
+        tl.debug_barrier()
         before += tl.cumsum(gate, 0)
-        after += tl.cumsum(following, 0, reverse=True)
-        decays = _decays(gates, g_t, gate, live, BT)
+        after += tl.cumsum(tl.load(line + row + 1, mask=row < BT - 1, other=0.0), 0, reverse=True)
+        decays = _decays(line, gate, BT)
         kq *= decays
-        if gamma is not None:  # mirrored at the diagonal
-            narrow = cast(decays, gamma.dtype.element_ty)
-            tl.store(gamma + tile, narrow, mask=j <= i)
-            tl.store(gamma + here * (BT * BT) + i * BT + j, narrow, mask=j < i)
+        if gamma is not None:
+            tl.store(gamma + tile, cast(decays, gamma.dtype.element_ty))
     # What lies above the diagonal, whatever it is, is left out, not multiplied by 0.
     tl.store(P + tile, cast(tl.where(j <= i, kq, 0.0), P.dtype.element_ty))
 
@@ -237,7 +235,7 @@ def prepare_kernel(
     first_lost = tl.min(tl.where(lost, row, BT), 0)
     if first_lost < BT:
         A = tl.where(i < first_lost, A, 0.0)
-    inverse = _transposed_inverse(A, scratch + here * (16 * BT), BT, INVERSE_PRECISION)
+    inverse = _transposed_inverse(A, scratch + here * (17 * BT), BT, INVERSE_PRECISION)
     if g is not None:
         inverse *= decays
     if first_lost < BT:
@@ -253,7 +251,7 @@ class Chunks(NamedTuple):
     P: torch.Tensor  # [slots, HV, BT, BT]
     factors: torch.Tensor  # [slots, HV, 4, BT]: a, b, c, beta; zeros behind the live rows
     decay: torch.Tensor  # [slots, HV]
-    gamma: torch.Tensor | None  # [slots, HV, BT, BT]: e^{G_i - G_j}, mirrored above the diagonal
+    gamma: torch.Tensor | None  # [slots, HV, BT, BT]: e^{G_i - G_j} at [j, i], i >= j
     norms: torch.Tensor | None  # [slots, HV, 2, BT]: r_k, r_q
 
 
@@ -321,7 +319,7 @@ def prepare(q, k, beta, g, cu_seqlens, *, scale, qk_l2norm, forward, BT, rows=No
     P = torch.empty_like(M)
     factors = torch.empty(slots, HV, 4, BT, dtype=compute, device=q.device)
     decay = torch.empty(slots, HV, dtype=compute, device=q.device)
-    scratch = torch.empty(slots, HV, BT, 16, dtype=compute, device=q.device)
+    scratch = torch.empty(slots, HV, 17, BT, dtype=compute, device=q.device)
     gamma = None if forward or g is None else torch.empty_like(M)
     norms = torch.empty_like(factors[:, :, :2]) if qk_l2norm and not forward else None
     if slots and T:

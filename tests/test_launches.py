@@ -23,7 +23,7 @@ def names(launches):
 
 
 def test_launches():
-    """The delta rule: two in inference, three at training at most, five in the backward; fla-core's chunks take five
+    """The delta rule: two in inference, three at training at most, four in the backward; fla-core's chunks take five
     and seven, and further ones that add. The convolution: one, and in the backward a second that adds the parameters'
     partial sums. A step: one."""
     options = {"T": 1024, "l2norm": True}
@@ -35,7 +35,7 @@ def test_launches():
     for passes in (delta, packed):
         assert len(passes["forward"]) <= 2, names(passes["forward"])
         assert len(passes["training"]) <= 3, names(passes["training"])
-        assert len(passes["backward"]) <= 5, names(passes["backward"])
+        assert len(passes["backward"]) <= 4, names(passes["backward"])
         assert len(passes["step"]) == 1, names(passes["step"])
     assert len(conv["forward"]) == 1, names(conv["forward"])
     assert len(conv["backward"]) <= 2, names(conv["backward"])
