@@ -17,8 +17,7 @@ from torch.nn import functional as F
 from .. import _checks
 from .._backend import warn_reference
 from ..causal_conv1d import causal_conv1d as _causal_conv1d
-from ..delta_rule import _check as check_tokens
-from ..delta_rule import delta_rule
+from ..delta_rule import check_tokens, delta_rule
 from ..layers._gates import decay_gate
 from ..reference.delta_rule_general import delta_rule_general
 from . import _conv_cache
