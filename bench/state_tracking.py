@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
 
@@ -257,12 +258,12 @@ def main(argv: list[str] | None = None) -> None:
             model = train(run, args, bar)
             run.right, run.seconds = test(model, args.group), time.perf_counter() - begin
             runs.append(run)
-            bar.write("  ".join(f"{key} {value}" for key, value in run.row().items()))
     minutes = (time.perf_counter() - start) / 60
     size = f"d = {args.hidden_size}, {args.num_heads} heads of {args.head_dim}"
     title = (
         f"{args.group} word problem, one {'Gated ' * args.forget_gate}DeltaProduct layer, {size}, {args.steps} steps"
     )
+    print(tabulate([run.row() for run in runs], headers="keys"))
     write(runs, args.out, title)
     print(f"{minutes:.1f} minutes in all")
 
