@@ -5,6 +5,7 @@ import inspect
 
 import pytest
 import torch
+from kernels_here import skip_without_kernel
 from torch.nn import functional as F
 
 import fla_ops
@@ -256,9 +257,7 @@ MICRO = 3
 
 @pytest.fixture
 def product_backend(backend):
-    missing = _backend.why_not("delta_product", backend, "cpu", torch.float64, ())
-    if missing:
-        pytest.skip(missing)
+    skip_without_kernel("delta_product", backend)
     return backend
 
 

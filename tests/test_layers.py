@@ -8,11 +8,11 @@ import pickle
 
 import pytest
 import torch
+from kernels_here import skip_without_kernel
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fla_ops
-from fla_ops import _backend
 from fla_ops.layers import DeltaNet, GatedDeltaNet, GatedDeltaProduct, LayerState
 
 D = 24
@@ -55,9 +55,7 @@ def make(variant, backend="reference", dtype=torch.float64, **options):
     torch.manual_seed(0)
     layer = VARIANTS[variant](backend=backend, dtype=dtype, **options)
     op = "delta_product" if getattr(layer, "num_householder", 1) > 1 else "delta_rule"
-    missing = _backend.why_not(op, backend, "cpu", dtype, ())
-    if missing:
-        pytest.skip(missing)
+    skip_without_kernel(op, backend, dtype)
     with torch.no_grad():  # leave the ones of the norm, so that a forgotten weight shows
         layer.o_norm.weight.uniform_(0.5, 1.5)
     return layer
