@@ -73,7 +73,7 @@ struct DeltaRuleKernels {
   void (*forward)(const DeltaRuleForward&, const CheckpointedSequence&, int64_t value_head, int v_begin,
                   int v_end, void* scratch);
   // The same for `backward`: one sequence, one value head.
-  int64_t (*backward_scratch)(bool is_double, int n);
+  int64_t (*backward_scratch)(bool is_double, int n, int K, int V);
   void (*backward)(const DeltaRuleBackward&, const CheckpointedSequence&, int64_t value_head, void* scratch);
   void (*sum_heads)(const HeadSum&, int64_t row_begin, int64_t row_end);
   // One batch entry, one value head; slot < 0 skips: the output is 0, no state is touched.

@@ -189,7 +189,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 
   const bool is_double = exact == ScalarType::Double;
   const bool serial = B * T * n * HV * K * V < kSerialWork;
-  parallel_tasks(q, N * HV, serial, run.backward_scratch(is_double, n),
+  parallel_tasks(q, N * HV, serial, run.backward_scratch(is_double, n, int(K), int(V)),
                  [&](int64_t task, void* scratch) {
                    run.backward(x, all[task / HV], task % HV, scratch);
                  });
