@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """DeltaProduct, plain and gated: the public functions and their autograd boundary."""
 
+import operator
 from typing import NamedTuple
 
 import torch
@@ -100,27 +101,28 @@ def delta_product(
     """
     op = "delta_product"
     q, k, v = _checks.autocast(q, k, v)
-    _check_householder(op, num_householder)
+    num_householder = _householder(op, num_householder)
     check_tokens(op, q, k, v, beta, g, "T", num_householder)
     B, T, _, K = q.shape
-    scale = _checks.scale_or_default(op, scale, K)
+    factor = _checks.scale_or_default(op, scale, K)
     _checks.flag(op, "qk_l2norm", qk_l2norm)
     _checks.flag(op, "output_final_state", output_final_state)
     cu_seqlens = _checks.cu_seqlens(op, cu_seqlens, B, T, q.device)
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     sizes = {"N": N, "HV": v.shape[2], "K": K, "V": v.shape[3]}
     _checks.initial_state(op, initial_state, sizes, q.device)
-    options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens, "qk_l2norm": qk_l2norm}
+    options = {"initial_state": initial_state, "cu_seqlens": cu_seqlens, "qk_l2norm": qk_l2norm}
     if num_householder == 1:
-        options |= {"output_final_state": output_final_state, "backend": backend}
+        options |= {"scale": scale, "output_final_state": output_final_state, "backend": backend}
         return DeltaProductOutput(*delta_rule(q, k, v, beta, g, **options))
     impl = resolve(op, backend, q.device.type, q.dtype, K, v.shape[3])
     if hasattr(impl, "delta_product"):  # the reference: plain torch, differentiable as it is
-        options |= {"output_final_state": output_final_state, "num_householder": num_householder}
+        options |= {"scale": factor, "output_final_state": output_final_state}
+        options["num_householder"] = num_householder
         o, final_state = impl.delta_product(q, k, v, beta, g, **options)
     else:
         grad_mode = torch.is_grad_enabled()  # always off inside of a Function's forward
-        settings = (num_householder, scale, qk_l2norm, backend, grad_mode)
+        settings = (num_householder, factor, qk_l2norm, backend, grad_mode)
         o, final_state = _DeltaProduct.apply(q, k, v, beta, g, initial_state, cu_seqlens, *settings)
     return DeltaProductOutput(o, final_state if output_final_state else None)
 
@@ -160,24 +162,26 @@ def delta_product_step(
     if k.dim() != 4 or not 1 <= k.shape[1] <= MAX_HOUSEHOLDER:
         want = f"of shape [B, n, H, K] with n from 1 to {MAX_HOUSEHOLDER}"
         raise _checks.bad(ValueError, op, "k", want, list(k.shape))
-    n = k.shape[1]
+    n = operator.index(k.shape[1])
     check_tokens(op, q, k, v, beta, g, None, n)
     B, _, K = q.shape
     HV, V = v.shape[2:]
-    scale = _checks.scale_or_default(op, scale, K)
+    factor = _checks.scale_or_default(op, scale, K)
     _checks.flag(op, "qk_l2norm", qk_l2norm)
     _checks.step_state(op, state, {"slots": None, "HV": HV, "K": K, "V": V}, q.device)
     state_indices = _checks.state_indices(op, state_indices, B, state.shape[0], q.device)
-    options = {"state": state, "scale": scale, "qk_l2norm": qk_l2norm, "state_indices": state_indices}
+    options = {"state": state, "qk_l2norm": qk_l2norm, "state_indices": state_indices}
     if n == 1:
-        return delta_rule_step(q, k[:, 0], v[:, 0], beta[:, 0], g, **options, backend=backend)
+        return delta_rule_step(q, k[:, 0], v[:, 0], beta[:, 0], g, **options, scale=scale, backend=backend)
     impl = resolve("delta_product", backend, q.device.type, q.dtype, K, V)
     run = impl.delta_product_step if hasattr(impl, "delta_product_step") else impl.step
-    return run(q, k, v, beta, g, **options)
+    return run(q, k, v, beta, g, **options, scale=factor)
 
 
-def _check_householder(op: str, n: object) -> None:
+def _householder(op: str, n: object) -> int:
     if isinstance(n, bool) or not isinstance(n, int):
         raise _checks.bad(TypeError, op, "num_householder", "an int", repr(n))
+    n = operator.index(n)  # a plain int where torch.compile holds it for dynamic: kernels are chosen by it
     if not 1 <= n <= MAX_HOUSEHOLDER:
         raise _checks.bad(ValueError, op, "num_householder", f"from 1 to {MAX_HOUSEHOLDER}", n)
+    return n
