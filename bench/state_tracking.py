@@ -19,6 +19,7 @@ Writes bench/results/state-tracking-<group>.csv (a row a run), -curves.csv (accu
 
 import argparse
 import csv
+import datetime
 import itertools
 import time
 from dataclasses import dataclass, field
@@ -197,9 +198,19 @@ def draw(path: Path, runs: list[Run], title: str) -> None:
     plt.close(figure)
 
 
-def write(runs: list[Run], out: Path, title: str) -> None:
+def provenance(args: argparse.Namespace) -> dict[str, object]:
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "device": cpu_name(),
+        "threads": args.threads,
+        "versions": f"fla_ops {fla_ops.__version__}, torch {torch.__version__}",
+        "steps": args.steps,
+    }
+
+
+def write(runs: list[Run], out: Path, title: str, known: dict[str, object]) -> None:
     stem = out / f"state-tracking-{runs[0].group.lower()}"
-    rows = [run.row() for run in runs]
+    rows = [known | run.row() for run in runs]
     with stem.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
@@ -268,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
         f"{args.group} word problem, one {'Gated ' * args.forget_gate}DeltaProduct layer, {size}, {args.steps} steps"
     )
     print(tabulate([run.row() for run in runs], headers="keys"))
-    write(runs, args.out, title)
+    write(runs, args.out, title, provenance(args))
     print(f"{minutes:.1f} minutes in all")
 
 
