@@ -101,7 +101,7 @@ def delta_product(
     """
     op = "delta_product"
     q, k, v = _checks.autocast(q, k, v)
-    num_householder = _householder(op, num_householder)
+    num_householder = check_householder(op, num_householder)
     check_tokens(op, q, k, v, beta, g, "T", num_householder)
     B, T, _, K = q.shape
     factor = _checks.scale_or_default(op, scale, K)
@@ -178,7 +178,8 @@ def delta_product_step(
     return run(q, k, v, beta, g, **options, scale=factor)
 
 
-def _householder(op: str, n: object) -> int:
+def check_householder(op: str, n: object) -> int:
+    """num_householder as a plain int."""
     if isinstance(n, bool) or not isinstance(n, int):
         raise _checks.bad(TypeError, op, "num_householder", "an int", repr(n))
     n = operator.index(n)  # a plain int where torch.compile holds it for dynamic: kernels are chosen by it

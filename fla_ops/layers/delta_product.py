@@ -3,8 +3,7 @@
 
 import torch
 
-from ..delta_product import _check_householder as check_householder
-from ..delta_product import delta_product, delta_product_step
+from ..delta_product import check_householder, delta_product, delta_product_step
 from ._delta import GatedDeltaMixer
 
 
@@ -87,8 +86,7 @@ class GatedDeltaProduct(GatedDeltaMixer):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        check_householder(type(self).__name__, num_householder)
-        self.num_householder = num_householder
+        self.num_householder = check_householder(type(self).__name__, num_householder)
         self._build_gated(
             hidden_size=hidden_size,
             expand_v=expand_v,
