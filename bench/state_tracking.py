@@ -208,20 +208,25 @@ def provenance(args: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def write(runs: list[Run], out: Path, title: str, known: dict[str, object]) -> None:
-    stem = out / f"state-tracking-{runs[0].group.lower()}"
+def stem(args: argparse.Namespace) -> Path:
+    return args.out / f"state-tracking-{args.group.lower()}"
+
+
+def write(runs: list[Run], args: argparse.Namespace) -> None:
+    known, path = provenance(args), stem(args)
     rows = [known | run.row() for run in runs]
-    with stem.with_suffix(".csv").open("w", newline="") as file:
+    with path.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    with Path(f"{stem}-curves.csv").open("w", newline="") as file:
+    with Path(f"{path}-curves.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["position", *(f"{run.name}, seed {run.seed}" for run in runs)])
         for t, values in enumerate(zip(*(run.curve().tolist() for run in runs), strict=True), 1):
             writer.writerow([t, *(f"{value:.4f}" for value in values)])
-    draw(stem.with_suffix(".png"), runs, title)
-    print(f"written: {stem}.csv, {stem}-curves.csv, {stem}.png")
+    size = f"d = {args.hidden_size}, {args.num_heads} heads of {args.head_dim}"
+    layer = f"one {'Gated ' * args.forget_gate}DeltaProduct layer"
+    draw(path.with_suffix(".png"), runs, f"{args.group} word problem, {layer}, {size}, {args.steps} steps")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -273,14 +278,9 @@ def main(argv: list[str] | None = None) -> None:
             model = train(run, args, bar)
             run.right, run.seconds = test(model, args.group), time.perf_counter() - begin
             runs.append(run)
-    minutes = (time.perf_counter() - start) / 60
-    size = f"d = {args.hidden_size}, {args.num_heads} heads of {args.head_dim}"
-    title = (
-        f"{args.group} word problem, one {'Gated ' * args.forget_gate}DeltaProduct layer, {size}, {args.steps} steps"
-    )
+            write(runs, args)  # after every run: one that is stopped leaves what it has
     print(tabulate([run.row() for run in runs], headers="keys"))
-    write(runs, args.out, title, provenance(args))
-    print(f"{minutes:.1f} minutes in all")
+    print(f"{(time.perf_counter() - start) / 60:.1f} minutes in all; files: {stem(args)}.csv, -curves.csv and .png")
 
 
 if __name__ == "__main__":
