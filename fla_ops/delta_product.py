@@ -12,7 +12,7 @@ from ._backend import Backend, resolve
 from .delta_rule import check_tokens, delta_rule, delta_rule_step
 
 _BACKENDS = (
-    Backend("native", "fla_ops._native.delta_product", devices=("cpu",)),
+    Backend("native", "fla_ops._native.delta_product", devices=("cpu", "cuda")),
     Backend("reference", "fla_ops.reference.delta_product"),
 )
 MAX_HOUSEHOLDER = 8

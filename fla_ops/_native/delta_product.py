@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The native backend of DeltaProduct: `csrc/delta_product_cpu.cpp` behind `torch.ops.fla_ops`."""
+"""The native backend of DeltaProduct: `csrc/delta_product_{cpu.cpp,cuda.cu}` behind `torch.ops.fla_ops`."""
 
 import torch
 
@@ -14,7 +14,8 @@ _load_error = _native.load(*_OPS)
 
 def why_not(device: str, dtype: torch.dtype, *sizes: int) -> str | None:
     """The reason why this backend cannot run head dimensions `sizes`, or None."""
-    return _load_error or delta_rule.why_not(device, dtype, *sizes)
+    missing = _native.load_cuda(*_OPS) if device == "cuda" else _load_error
+    return missing or delta_rule.why_not(device, dtype, *sizes)
 
 
 def forward(q, k, v, beta, g, initial_state, cu_seqlens, *, num_householder, scale, qk_l2norm, save_states):
