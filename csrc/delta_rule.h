@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the delta rule's CPU and CUDA kernels agree on with their callers.
+// What the CPU and CUDA kernels of the delta rule and of DeltaProduct agree on with their callers.
 #pragma once
 
 namespace fla_ops {
 
 constexpr int kMaxHeadDim = 256;
+constexpr int kMaxHouseholder = 8;  // DeltaProduct's steps a token
 constexpr int kCheckpointTokens = 64;  // training keeps one state per this many tokens
 
 // Bits of the gradients asked for.

@@ -9,12 +9,12 @@
 // S_{t-1} is not recovered from S, for which e^g may be too small. Blocks of 64 tokens are replayed from the state
 // saved at their start: once to keep a state every 8 tokens, then 8 tokens at a time to keep them all, in `scratch`.
 // dq, dk, dbeta and dg are sums over the columns of V: over a warp's columns in registers, over a block's warps in
-// shared memory, and `finish_kernel` adds the blocks' and a head group's parts in order and undoes the norm of q and k.
+// shared memory, over blocks and a head group in `finish_kernel`.
 // Workspace: 16 states a sequence and value head; 2 K + 2 values a token, value head and block of 64 columns (at most;
 // 32 for K > 128), half as many columns for float64.
 #include <tuple>
 
-#include "delta_rule_cuda.h"
+#include "delta_rule_backward_cuda.h"
 
 namespace fla_ops {
 namespace {
@@ -24,7 +24,6 @@ using torch::stable::Tensor;
 
 constexpr int kGroup = 8;                                                 // tokens whose states are kept at a time
 constexpr int kScratchStates = kCheckpointTokens / kGroup + kGroup;       // a warp keeps
-template <class A> constexpr int kWarps = sizeof(A) == 8 ? 4 : 8;         // a block, at most
 
 struct DeltaRuleReverse {
   DeltaRuleInputs in;      // in.checkpoints: what the forward saved
@@ -37,24 +36,6 @@ struct DeltaRuleReverse {
   void* scratch;           // [warps, kScratchStates, R, C, 32]
   int64_t B, T;
   int needs;               // only these gradients are computed
-};
-
-// The states that a warp keeps in scratch; a lane reads what it wrote itself.
-template <class A, int R, int C> struct Scratch {
-  A* mine;
-
-  __device__ explicit Scratch(void* data)
-      : mine(static_cast<A*>(data) + threadIdx.x % 32 +
-             (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32 * (kScratchStates * R * C * 32)) {}
-  __device__ __forceinline__ A& at(int slot, int j, int c) const { return mine[((slot * R + j) * C + c) * 32]; }
-  __device__ __forceinline__ void save(const A (&state)[R][C], int slot) const {
-    FLA_UNROLL for (int j = 0; j < R; j++)
-      FLA_UNROLL for (int c = 0; c < C; c++) at(slot, j, c) = state[j][c];
-  }
-  __device__ __forceinline__ void restore(A (&state)[R][C], int slot) const {
-    FLA_UNROLL for (int j = 0; j < R; j++)
-      FLA_UNROLL for (int c = 0; c < C; c++) state[j][c] = at(slot, j, c);
-  }
 };
 
 // state: from before token `first` to after `count` tokens. `keep` saves what the way back needs: the state before each
@@ -79,9 +60,9 @@ __device__ __forceinline__ void replay(A (&state)[R][C], const DeltaRuleInputs& 
 }
 
 template <class T, int R>
-__global__ void __launch_bounds__(32 * kWarps<Arithmetic<T>>) reverse_kernel(DeltaRuleReverse x) {
+__global__ void __launch_bounds__(32 * kReverseWarps<Arithmetic<T>>) reverse_kernel(DeltaRuleReverse x) {
   using A = Arithmetic<T>;
-  constexpr int C = kColumns<A, R>, W = kWarps<A>, rows = 32 * R;
+  constexpr int C = kColumns<A, R>, W = kReverseWarps<A>, rows = 32 * R;
   // Two of each: while some warps still add up one token's sums, others write the next token's.
   FLA_SHARED(A, dq_sums, 2 * W * rows);
   FLA_SHARED(A, dk_sums, 2 * W * rows);
@@ -91,7 +72,7 @@ __global__ void __launch_bounds__(32 * kWarps<Arithmetic<T>>) reverse_kernel(Del
   const DeltaRuleInputs& in = x.in;
   const int K = in.K, warps = blockDim.x / 32;
   const Place p = find_place<C>(in);
-  const Scratch<A, R, C> scratch(x.scratch);
+  const Scratch<A, R, C> scratch(x.scratch, kScratchStates);
   A* const my_residuals = residuals + p.warp * kGroup * C;
   const bool sums = x.needs & (kNeedQ | kNeedK | kNeedBeta | kNeedG);  // dv and the states need no S
   const A scale = A(in.scale);
@@ -204,69 +185,6 @@ __global__ void __launch_bounds__(32 * kWarps<Arithmetic<T>>) reverse_kernel(Del
   if (x.needs & kNeedState) store_state(ds, x.d_initial_state, p.span.index, p, K);
 }
 
-struct DeltaRuleFinish {
-  View q, k;                                                 // [B, T, H, K], as they came
-  View dq, dk;                                               // [B, T, H, K]; data null where not needed
-  View dbeta, dg;                                            // [B, T, HV]
-  const void *dq_parts, *dk_parts, *dbeta_parts, *dg_parts;  // DeltaRuleReverse's
-  int64_t B, T, H, HV;
-  int K, tiles;
-  bool qk_l2norm;
-};
-
-// One warp: one token of one query head.
-template <class T, int R> __global__ void __launch_bounds__(128) finish_kernel(DeltaRuleFinish x) {
-  using A = Arithmetic<T>;
-  const int lane = threadIdx.x % 32;
-  const int64_t warp = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
-  if (warp >= x.B * x.T * x.H) return;
-  const int64_t h = warp % x.H, t = warp / x.H % x.T, b = warp / x.H / x.T, group = x.HV / x.H;
-  const int64_t first = (b * x.T + t) * x.HV + h * group, tile = x.B * x.T * x.HV;
-
-  // The gradient of x / |x| taken back to x: (d - x^ (x^ . d)) / |x|.
-  const auto rows = [&](const View& input, const View& out, const void* parts) {
-    if (!out.data) return;
-    const T* const source = reinterpret_cast<const T*>(input.data) + offset_of(input, b, t, h);
-    T* const target = reinterpret_cast<T*>(out.data) + offset_of(out, b, t, h);
-    A d[R], raw[R], dot = 0;
-    bool any = false;
-    FLA_UNROLL for (int j = 0; j < R; j++) {
-      const int row = lane + 32 * j;
-      d[j] = raw[j] = 0;
-      if (row >= x.K) continue;
-      for (int64_t head = first; head < first + group; head++)
-        for (int i = 0; i < x.tiles; i++) d[j] += static_cast<const A*>(parts)[(i * tile + head) * x.K + row];
-      any = any || d[j] != 0;
-      raw[j] = widen<A>(source[row]);
-    }
-    // No gradient stays none: rows that no packed sequence covers may hold NaN.
-    if (x.qk_l2norm && __any_sync(kWarp, any)) {
-      const A factor = inverse_norm(raw);
-      FLA_UNROLL for (int j = 0; j < R; j++) {
-        raw[j] *= factor;
-        dot += raw[j] * d[j];
-      }
-      dot = sum_lanes(dot);
-      FLA_UNROLL for (int j = 0; j < R; j++) d[j] = factor * (d[j] - raw[j] * dot);
-    }
-    FLA_UNROLL for (int j = 0; j < R; j++)
-      if (lane + 32 * j < x.K) target[lane + 32 * j] = narrow<T>(d[j]);
-  };
-  rows(x.q, x.dq, x.dq_parts);
-  rows(x.k, x.dk, x.dk_parts);
-
-  const auto scalars = [&](const View& out, const void* parts) {
-    if (!out.data) return;
-    for (int64_t head = lane; head < group; head += 32) {
-      A sum = 0;
-      for (int i = 0; i < x.tiles; i++) sum += static_cast<const A*>(parts)[i * tile + first + head];
-      store(out, offset_of(out, b, t, h * group + head), sum);
-    }
-  };
-  scalars(x.dbeta, x.dbeta_parts);
-  scalars(x.dg, x.dg_parts);
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& beta, const std::optional<Tensor>& g, double scale,
     const std::optional<Tensor>& initial_state, const std::optional<Tensor>& cu_seqlens, bool qk_l2norm,
@@ -321,7 +239,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   with_rows(q, int(K), [&]<class Q, int R>() {
     using A = Arithmetic<Q>;
     constexpr int C = kColumns<A, R>;
-    const Columns columns(int(V), C, kWarps<A>);
+    const Columns columns(int(V), C, kReverseWarps<A>);
     const unsigned blocks = columns.blocks(N * HV), threads = 32 * columns.warps;
     x.in.tiles = y.tiles = columns.tiles;
     // The workspace, gone when the op returns.
@@ -336,9 +254,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     y.dg_parts = x.dg_parts = dg_parts.data_ptr();
     x.scratch = scratch.data_ptr();
     FLA_LAUNCH((reverse_kernel<Q, R>), blocks, threads, 0, on.stream, x);
-    const int64_t warps = B * T * H, finish_blocks = ceil_div(warps, 4);
-    STD_TORCH_CHECK(finish_blocks < int64_t(1) << 31, "delta_rule: more tokens and heads than one launch takes");
-    FLA_LAUNCH((finish_kernel<Q, R>), unsigned(finish_blocks), 128, 0, on.stream, y);
+    finish<Q, R>(y, on.stream);
   });
   return {dq, dk, dv, dbeta, dg, d_initial};
 }

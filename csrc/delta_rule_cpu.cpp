@@ -1,33 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The delta rule on the CPU, torch side: internal asserts (argument checks live in Python), tensors
-// to plain views, the parallel loop, registration.
-//
-// Both passes are parallel over sequences x value heads, the forward also over blocks of V's columns
-// when that alone leaves threads idle. Tasks are independent and handed out one at a time, so neither the number
-// of threads nor uneven sequence lengths change any result's bits.
-// The kernels are in delta_rule_cpu.inc, built once per instruction level.
-#include "delta_rule_cpu.h"
-
+// The delta rule on the CPU: the ops of delta_rule_cpu_calls.h with one step a token, registered.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <algorithm>
-#include <atomic>
-#include <cstring>
-#include <optional>
-#include <tuple>
-#include <vector>
 
 #include "cpu_level.h"
-#include "delta_rule_checks.h"
-#include "torch_view.h"
+#include "delta_rule_cpu_calls.h"
 
 namespace fla_ops {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 const DeltaRuleKernels& kernels() {
@@ -38,112 +19,12 @@ const DeltaRuleKernels& kernels() {
   return base::delta_rule;
 }
 
-std::vector<CheckpointedSequence> checkpointed(const std::vector<Sequence>& all) {
-  std::vector<CheckpointedSequence> result;
-  int64_t checkpoint = 0;
-  for (const Sequence& s : all) {
-    result.push_back({s, checkpoint});
-    checkpoint += ceil_div(s.length, kCheckpointTokens);
-  }
-  return result;
-}
-
-// Zeroes the rows of a contiguous [1, T, ...] tensor that no packed sequence covers.
-void zero_uncovered(Tensor& x, const std::vector<CheckpointedSequence>& packed) {
-  const int64_t T = x.size(1);
-  if (x.numel() == 0) return;
-  const int64_t row = x.numel() / T * x.element_size();
-  const int64_t first = packed.empty() ? T : packed.front().start;
-  const int64_t last = packed.empty() ? T : packed.back().start + packed.back().length;
-  char* data = static_cast<char*>(x.data_ptr());
-  std::memset(data, 0, first * row);
-  std::memset(data + last * row, 0, (T - last) * row);
-}
-
-// Runs task(i, scratch) for i in [0, tasks), each thread taking the next one and owning
-// `scratch_bytes` of scratch.
-template <class F>
-void parallel_tasks(const Tensor& like, int64_t tasks, bool serial, int64_t scratch_bytes,
-                    const F& task) {
-  if (tasks == 0) return;
-  const int64_t threads =
-      serial ? 1 : std::min<int64_t>(tasks, torch::stable::get_num_threads());
-  scratch_bytes = ceil_div(scratch_bytes, 4096) * 4096;
-  Tensor scratch = torch::stable::new_empty(like, {threads * scratch_bytes}, ScalarType::Byte);
-  char* base = static_cast<char*>(scratch.data_ptr());
-  std::atomic<int64_t> next{0};
-  const auto drain = [&](int64_t begin, int64_t) {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
-      task(i, base + begin * scratch_bytes);
-  };
-  if (threads == 1) drain(0, 1);
-  else torch::stable::parallel_for(0, threads, 1, drain);
-}
-
-constexpr int64_t kSerialWork = 1 << 17;  // multiply-adds below which a second thread costs more
-
-DeltaRuleForward inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& beta,
-                        const std::optional<Tensor>& g, double scale,
-                        const std::optional<Tensor>& initial_state, const Tensor& states,
-                        bool qk_l2norm) {
-  DeltaRuleForward x{};
-  x.q = view(q, 3);
-  x.k = view(k, 3);
-  x.v = view(v, 3);
-  x.beta = view(beta, 3);
-  x.g = view(g, 3);
-  x.initial_state = view(initial_state, 3);
-  x.states = states.dim() == 4 ? static_cast<char*>(states.data_ptr()) : nullptr;
-  x.H = q.size(2);
-  x.HV = v.size(2);
-  x.K = int(q.size(3));
-  x.V = int(v.size(3));
-  x.scale = scale;
-  x.qk_l2norm = qk_l2norm;
-  return x;
-}
-
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
-                                           const Tensor& beta, const std::optional<Tensor>& g,
-                                           double scale,
-                                           const std::optional<Tensor>& initial_state,
-                                           const std::optional<Tensor>& cu_seqlens, bool qk_l2norm,
-                                           bool save_states) {
-  check_shapes(q, k, v, beta, g, 2);
-  const int64_t B = q.size(0), T = q.size(1), K = q.size(3);
-  const int64_t HV = v.size(2), V = v.size(3);
-  const std::vector<CheckpointedSequence> all = checkpointed(sequences(B, T, cu_seqlens));
-  const int64_t N = int64_t(all.size());
-  check_state(initial_state, N, HV, K, V);
-
-  const ScalarType state_dtype = accumulator(q);
-  Tensor o = torch::stable::new_empty(q, {B, T, HV, V});
-  Tensor final_state = torch::stable::new_empty(q, {N, HV, K, V}, state_dtype);
-  Tensor states =
-      save_states
-          ? torch::stable::new_empty(q, {checkpoint_rows(B, T, cu_seqlens), HV, K, V}, state_dtype)
-          : torch::stable::new_empty(q, {0}, state_dtype);
-  if (cu_seqlens) zero_uncovered(o, all);
-
-  DeltaRuleForward x = inputs(q, k, v, beta, g, scale, initial_state, states, qk_l2norm);
-  x.o = view(o, 3);
-  x.final_state = static_cast<char*>(final_state.data_ptr());
-
-  const DeltaRuleKernels& run = kernels();
-  const bool is_double = state_dtype == ScalarType::Double;
-  const int64_t unit = run.value_block(is_double), units = ceil_div(V, unit), heads = N * HV;
-  const bool serial = B * T * HV * K * V < kSerialWork;
-  const int64_t wanted =
-      serial || heads == 0 ? 1 : ceil_div(int64_t(torch::stable::get_num_threads()), heads);
-  const int64_t width = ceil_div(units, std::min(wanted, units)) * unit;
-  const int64_t blocks = ceil_div(V, width);
-  parallel_tasks(q, heads * blocks, serial, run.forward_scratch(is_double),
-                 [&](int64_t task, void* scratch) {
-                   const int64_t head = task / blocks, begin = task % blocks * width;
-                   run.forward(x, all[head / HV], head % HV, int(begin),
-                               int(std::min(begin + width, V)), scratch);
-                 });
-  return {o, final_state, states};
+std::tuple<Tensor, Tensor, Tensor> forward(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& beta,
+    const std::optional<Tensor>& g, double scale, const std::optional<Tensor>& initial_state,
+    const std::optional<Tensor>& cu_seqlens, bool qk_l2norm, bool save_states) {
+  return delta_rule_cpu::forward(kernels(), 1, q, k, v, beta, g, scale, initial_state, cu_seqlens,
+                                 qk_l2norm, save_states);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
@@ -151,103 +32,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const std::optional<Tensor>& g, double scale, const std::optional<Tensor>& initial_state,
     const std::optional<Tensor>& cu_seqlens, bool qk_l2norm, const Tensor& states,
     const Tensor& d_o, const std::optional<Tensor>& d_final_state, int64_t needs) {
-  check_shapes(q, k, v, beta, g, 2);
-  const int64_t B = q.size(0), T = q.size(1), H = q.size(2), K = q.size(3);
-  const int64_t HV = v.size(2), V = v.size(3);
-  const std::vector<CheckpointedSequence> all = checkpointed(sequences(B, T, cu_seqlens));
-  const int64_t N = int64_t(all.size());
-  const ScalarType exact = accumulator(q);
-  check_gradients(v, states, checkpoint_rows(B, T, cu_seqlens), K, d_o);
-  check_state(d_final_state, N, HV, K, V);
-  if (!g) needs &= ~kNeedG;
-  if (!initial_state) needs &= ~kNeedState;
-
-  const auto make = [&](int bit, std::vector<int64_t> size, ScalarType type) {
-    if (!(needs & bit)) size = {0};
-    Tensor x = torch::stable::new_empty(q, size, type);
-    if (cu_seqlens && (needs & bit) && bit != kNeedState) zero_uncovered(x, all);
-    return x;
-  };
-  const ScalarType type = q.scalar_type();
-  Tensor dq = make(kNeedQ, {B, T, H, K}, type), dk = make(kNeedK, {B, T, H, K}, type);
-  Tensor dv = make(kNeedV, {B, T, HV, V}, type);
-  Tensor dbeta = make(kNeedBeta, {B, T, HV}, beta.scalar_type());
-  Tensor dg = make(kNeedG, {B, T, HV}, g ? g->scalar_type() : type);
-  Tensor d_initial = make(kNeedState, {N, HV, K, V}, exact);
-  // A head group's parts of dq and dk, summed afterwards.
-  const bool grouped = HV != H;
-  Tensor q_parts = dq, k_parts = dk;
-  if (grouped) {
-    q_parts = make(kNeedQ, {B, T, HV, K}, exact);
-    k_parts = make(kNeedK, {B, T, HV, K}, exact);
-  }
-
-  DeltaRuleBackward x{};
-  x.inputs = inputs(q, k, v, beta, g, scale, initial_state, states, qk_l2norm);
-  x.d_o = view(d_o, 3);
-  x.d_final_state = view(d_final_state, 3);
-  x.needs = int(needs);
-  if (needs & kNeedQ) x.dq = view(q_parts, 3);
-  if (needs & kNeedK) x.dk = view(k_parts, 3);
-  if (needs & kNeedV) x.dv = view(dv, 3);
-  if (needs & kNeedBeta) x.dbeta = view(dbeta, 3);
-  if (needs & kNeedG) x.dg = view(dg, 3);
-  if (needs & kNeedState) x.d_initial_state = static_cast<char*>(d_initial.data_ptr());
-
-  const DeltaRuleKernels& run = kernels();
-  const bool is_double = exact == ScalarType::Double;
-  const bool serial = B * T * HV * K * V < kSerialWork;
-  parallel_tasks(q, N * HV, serial, run.backward_scratch(is_double),
-                 [&](int64_t task, void* scratch) {
-                   run.backward(x, all[task / HV], task % HV, scratch);
-                 });
-  const auto sum_group = [&](int bit, const Tensor& parts, Tensor& out) {
-    if (!grouped || !(needs & bit)) return;
-    const HeadSum sum{static_cast<const char*>(parts.data_ptr()),
-                      static_cast<char*>(out.data_ptr()), type_of(out), H, HV / H, int(K)};
-    const auto range = [&](int64_t begin, int64_t end) { run.sum_heads(sum, begin, end); };
-    torch::stable::parallel_for(0, B * T, std::max<int64_t>(1, kSerialWork / (HV * K)), range);
-  };
-  sum_group(kNeedQ, q_parts, dq);
-  sum_group(kNeedK, k_parts, dk);
-  return {dq, dk, dv, dbeta, dg, d_initial};
+  return delta_rule_cpu::backward(kernels(), 1, q, k, v, beta, g, scale, initial_state, cu_seqlens,
+                                  qk_l2norm, states, d_o, d_final_state, needs);
 }
 
 Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& beta,
             const std::optional<Tensor>& g, Tensor state, double scale, bool qk_l2norm,
             const std::optional<Tensor>& state_indices) {
-  check_shapes(q, k, v, beta, g, 1);
-  const int64_t B = q.size(0), H = q.size(1), K = q.size(2), HV = v.size(1), V = v.size(2);
-  check_slots(q, v, state, state_indices);
-  Tensor o = torch::stable::new_empty(q, {B, HV, V});
-
-  DeltaRuleStep x{};
-  x.q = view(q, 2);
-  x.k = view(k, 2);
-  x.v = view(v, 2);
-  x.beta = view(beta, 2);
-  x.g = view(g, 2);
-  x.state = view(state, 3);
-  x.o = view(o, 2);
-  x.H = H;
-  x.HV = HV;
-  x.K = int(K);
-  x.V = int(V);
-  x.scale = scale;
-  x.qk_l2norm = qk_l2norm;
-
-  const DeltaRuleKernels& run = kernels();
-  const int64_t slots = state.size(0), grain = std::max<int64_t>(1, kSerialWork / (K * V));
-  const auto range = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      const int64_t batch = i / HV;
-      const int64_t slot = state_indices ? integer_at(*state_indices, batch) : batch;
-      run.step(x, batch, slot >= 0 && slot < slots ? slot : -1, i % HV);
-    }
-  };
-  if (B * HV <= grain) range(0, B * HV);
-  else torch::stable::parallel_for(0, B * HV, grain, range);
-  return o;
+  return delta_rule_cpu::step(kernels(), false, q, k, v, beta, g, state, scale, qk_l2norm,
+                              state_indices);
 }
 
 }  // namespace

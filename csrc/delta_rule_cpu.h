@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the torch side of the delta rule (delta_rule_cpu.cpp) hands to its kernels
-// (delta_rule_{base,avx2,avx512}.cpp): plain structs and a table of functions a level.
+// What the torch side of the delta rule and of DeltaProduct (delta_rule_cpu_calls.h) hands to their kernels
+// ({delta_rule,delta_product}_{base,avx2,avx512}.cpp): plain structs and a table of functions a level.
+//
+// A token has n micro-steps: 1 in the delta rule. k, v and beta have n rows a token.
 #pragma once
 
 #include <stdint.h>
@@ -16,15 +18,15 @@ struct CheckpointedSequence : Sequence {
 };
 
 struct DeltaRuleForward {
-  View q, k;              // [B, T, H, K], strides of B, T, H
-  View v;                 // [B, T, HV, V]
-  View beta, g;           // [B, T, HV], strides of all three; g.data may be null
+  View q, k;              // [B, T, H, K] and [B, T n, H, K], strides of B, T, H
+  View v;                 // [B, T n, HV, V]
+  View beta, g;           // [B, T n, HV] and [B, T, HV], strides of all three; g.data may be null
   View initial_state;     // [N, HV, K, V], strides of N, HV, K; data may be null
   View o;                 // [B, T, HV, V]
   char* final_state;      // [N, HV, K, V], contiguous, float or double as the arithmetic
   char* states;           // [checkpoints, HV, K, V] or null
   int64_t H, HV;
-  int K, V;
+  int K, V, n;
   double scale;
   bool qk_l2norm;
 };
@@ -33,9 +35,9 @@ struct DeltaRuleBackward {
   DeltaRuleForward inputs;  // `o`, `final_state` unused; `states` holds the checkpoints
   View d_o;                 // [B, T, HV, V]
   View d_final_state;       // [N, HV, K, V]; data may be null
-  View dq, dk;              // [B, T, HV, K]: a value head's own part when HV > H
-  View dv;                  // [B, T, HV, V]
-  View dbeta, dg;           // [B, T, HV]
+  View dq, dk;              // [B, T, HV, K] and [B, T n, HV, K]: a value head's own part when HV > H
+  View dv;                  // [B, T n, HV, V]
+  View dbeta, dg;           // [B, T n, HV] and [B, T, HV]
   char* d_initial_state;    // [N, HV, K, V], float or double as the arithmetic
   int needs;                // only these outputs are written
 };
@@ -50,13 +52,14 @@ struct HeadSum {
 };
 
 struct DeltaRuleStep {
-  View q, k;    // [B, H, K], strides of B, H
-  View v;       // [B, HV, V]
-  View beta, g; // [B, HV], strides of both; g.data may be null
+  View q, k;    // [B, H, K] and [B, n, H, K], strides of B, H
+  View v;       // [B, n, HV, V]
+  View beta, g; // [B, n, HV] and [B, HV], strides of B, HV; g.data may be null
+  int64_t k_micro, v_micro, beta_micro;  // strides of n
   View state;   // [slots, HV, K, V], strides of slots, HV, K
   View o;       // [B, HV, V]
   int64_t H, HV;
-  int K, V;
+  int K, V, n;
   double scale;
   bool qk_l2norm;
 };
@@ -70,15 +73,15 @@ struct DeltaRuleKernels {
   void (*forward)(const DeltaRuleForward&, const CheckpointedSequence&, int64_t value_head, int v_begin,
                   int v_end, void* scratch);
   // The same for `backward`: one sequence, one value head.
-  int64_t (*backward_scratch)(bool is_double);
+  int64_t (*backward_scratch)(bool is_double, int n, int K, int V);
   void (*backward)(const DeltaRuleBackward&, const CheckpointedSequence&, int64_t value_head, void* scratch);
   void (*sum_heads)(const HeadSum&, int64_t row_begin, int64_t row_end);
   // One batch entry, one value head; slot < 0 skips: the output is 0, no state is touched.
   void (*step)(const DeltaRuleStep&, int64_t batch, int64_t slot, int64_t value_head);
 };
 
-namespace base { extern const DeltaRuleKernels delta_rule; }
-namespace avx2 { extern const DeltaRuleKernels delta_rule; }
-namespace avx512 { extern const DeltaRuleKernels delta_rule; }
+namespace base { extern const DeltaRuleKernels delta_rule, delta_product; }
+namespace avx2 { extern const DeltaRuleKernels delta_rule, delta_product; }
+namespace avx512 { extern const DeltaRuleKernels delta_rule, delta_product; }
 
 }  // namespace fla_ops

@@ -110,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, con
 Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& beta, const std::optional<Tensor>& g,
             Tensor state, double scale, bool qk_l2norm, const std::optional<Tensor>& state_indices) {
   check_shapes(q, k, v, beta, g, 1);
-  check_slots(q, v, state, state_indices);
+  check_slots(q, v.size(1), v.size(2), state, state_indices);
   Tensor o = torch::stable::new_empty(q, {v.size(0), v.size(1), v.size(2)});
   DeltaRuleWalk x{};
   x.in = inputs_on_device(q, k, v, beta, g, scale, qk_l2norm);

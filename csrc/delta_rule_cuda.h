@@ -249,6 +249,7 @@ template <class T, int R, int C> struct RawToken {
 template <class A, int R, int C> struct Token {
   A q[R], k[R], y[C], beta, decay;
 
+  Token() = default;
   template <class T> __device__ __forceinline__ Token(const RawToken<T, R, C>& raw, const DeltaRuleInputs& x) {
     FLA_UNROLL for (int j = 0; j < R; j++) {
       q[j] = widen<A>(raw.q[j]);

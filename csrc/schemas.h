@@ -19,6 +19,19 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
       "causal_conv1d_step(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) state, bool silu, "
       "Tensor? state_indices) -> Tensor");
   m.def(
+      "delta_product_forward(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, int num_householder, float scale, "
+      "Tensor? initial_state, Tensor? cu_seqlens, bool qk_l2norm, bool save_states) "
+      "-> (Tensor o, Tensor final_state, Tensor states)");
+  // needs: as for delta_rule_backward.
+  m.def(
+      "delta_product_backward(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, int num_householder, float scale, "
+      "Tensor? initial_state, Tensor? cu_seqlens, bool qk_l2norm, Tensor states, Tensor do, "
+      "Tensor? dfinal_state, int needs) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbeta, "
+      "Tensor dg, Tensor dinitial_state)");
+  m.def(
+      "delta_product_step(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor(a!) state, "
+      "float scale, bool qk_l2norm, Tensor? state_indices) -> Tensor");
+  m.def(
       "delta_rule_forward(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, float scale, "
       "Tensor? initial_state, Tensor? cu_seqlens, bool qk_l2norm, bool save_states) "
       "-> (Tensor o, Tensor final_state, Tensor states)");

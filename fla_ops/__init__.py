@@ -15,10 +15,12 @@ from ._backend import FallbackWarning, backends, use_backend
 from ._checks import check_values
 from ._param_groups import param_groups
 from .causal_conv1d import CausalConv1dOutput, causal_conv1d, causal_conv1d_step
+from .delta_product import DeltaProductOutput, delta_product, delta_product_step
 from .delta_rule import DeltaRuleOutput, delta_rule, delta_rule_step
 
 __all__ = [
     "CausalConv1dOutput",
+    "DeltaProductOutput",
     "DeltaRuleOutput",
     "FallbackWarning",
     "__version__",
@@ -26,6 +28,8 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_step",
     "check_values",
+    "delta_product",
+    "delta_product_step",
     "delta_rule",
     "delta_rule_step",
     "layers",

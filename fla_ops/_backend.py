@@ -17,7 +17,7 @@ from types import ModuleType
 
 import torch
 
-OPS = ("causal_conv1d", "delta_rule")
+OPS = ("causal_conv1d", "delta_product", "delta_rule")
 NAMES = ("triton", "native", "reference")
 ENVIRONMENT = "FLA_OPS_BACKEND"
 

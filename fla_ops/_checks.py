@@ -195,7 +195,7 @@ def state_indices(op: str, x: torch.Tensor | None, batch: int, slots: int, devic
 
 def no_grad_needed(op: str, *tensors: torch.Tensor | None) -> None:
     """Steps are for inference."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors):
         full = op.removesuffix("_step")
         raise RuntimeError(
             f"{op}: an input requires a gradient, and a step has no backward. Wrap the call in torch.no_grad(), or "

@@ -98,7 +98,7 @@ def delta_rule(
     """
     op = "delta_rule"
     q, k, v = _checks.autocast(q, k, v)
-    _check(op, q, k, v, beta, g, "T")
+    check_tokens(op, q, k, v, beta, g, "T")
     B, T, _, K = q.shape
     scale = _checks.scale_or_default(op, scale, K)
     _checks.flag(op, "qk_l2norm", qk_l2norm)
@@ -159,7 +159,7 @@ def delta_rule_step(
     op = "delta_rule_step"
     _checks.no_grad_needed(op, q, k, v, beta, g, state)
     q, k, v = _checks.autocast(q, k, v)
-    _check(op, q, k, v, beta, g, None)
+    check_tokens(op, q, k, v, beta, g, None)
     B, _, K = q.shape
     HV, V = v.shape[1:]
     scale = _checks.scale_or_default(op, scale, K)
@@ -171,29 +171,40 @@ def delta_rule_step(
     return run(q, k, v, beta, g, state=state, scale=scale, qk_l2norm=qk_l2norm, state_indices=state_indices)
 
 
-def _check(op, q, k, v, beta, g, time: str | None) -> None:
-    """Shapes and dtypes of the token tensors; `time` is the letter of the time axis, None for a step."""
+def check_tokens(op, q, k, v, beta, g, time: str | None, n: int | None = None) -> None:
+    """Shapes and dtypes of the token tensors; `time` is the letter of the time axis, None for a step.
+
+    DeltaProduct's k, v and beta have `n` rows a token: T * n of them, or an axis of n in a step.
+    """
     _checks.main_tensors(op, "q", q=q, k=k, v=v)
     lead = ("B", time) if time else ("B",)
     dims = len(lead) + 2
     if q.dim() != dims:
         raise _checks.bad(ValueError, op, "q", f"of shape [{', '.join((*lead, 'H', 'K'))}]", list(q.shape))
-    sizes = dict(zip(lead, q.shape, strict=False))
+    token = dict(zip(lead, q.shape, strict=False))
+    sizes, hint = token, "Shapes are those of q."
+    if n is not None:
+        sizes = {"B": token["B"]} | ({f"{time}*n": token[time] * n} if time else {"n": n})
+        hint = f"It has {n} rows for each token of q."
+        if time and k.dim() == 5 and k.shape[1:3] == (token[time], n):
+            hint = "It looks like [B, T, n, H, K]: flatten(1, 2)."
     H, K = q.shape[-2:]
-    _checks.shape(op, "k", k, sizes | {"H": H, "K": K}, "Shapes are those of q.")
-    _checks.shape(op, "v", v, sizes | {"HV": None, "V": None}, "Its leading sizes are those of q.")
+    _checks.shape(op, "k", k, sizes | {"H": H, "K": K}, hint)
+    hint = "Its leading sizes are those of q." if n is None else "Its leading sizes are those of k."
+    _checks.shape(op, "v", v, sizes | {"HV": None, "V": None}, hint)
     HV = v.shape[-2]
     if H == 0 or HV == 0 or HV % H:
         raise _checks.bad(ValueError, op, "v", f"of a head count that is a multiple of H={H}", f"HV={HV}")
     if K == 0 or v.shape[-1] == 0:
         raise _checks.bad(ValueError, op, "q" if K == 0 else "v", "of a head dimension >= 1", 0)
-    for name, x in (("beta", beta), ("g", g)):
+    for name, x, lead_sizes in (("beta", beta, sizes), ("g", g, token)):
         if x is None and name == "g":
             continue
         _checks.side_tensor(op, name, x, q.dtype)
         hint = "There is no broadcasting: use expand."
         # Under torch.compile the lengths that agree are one symbol: the rest of the condition then guards nothing.
-        if time and x.dim() == 3 and x.shape[1] != q.shape[1] and tuple(x.shape) == (q.shape[0], HV, q.shape[1]):
+        rows = list(lead_sizes.values())[-1]
+        if time and x.dim() == 3 and x.shape[1] != rows and tuple(x.shape) == (q.shape[0], HV, rows):
             hint = "It looks like [B, HV, T]: transpose(1, 2)."
-        _checks.shape(op, name, x, sizes | {"HV": HV}, hint)
+        _checks.shape(op, name, x, lead_sizes | {"HV": HV}, hint)
     _checks.same_device(op, "q", q=q, k=k, v=v, beta=beta, g=g)

@@ -94,12 +94,26 @@ def interpreters_rows(monkeypatch):
 
 @pytest.fixture(params=[*BACKENDS, *SIMT])
 def backend(request):
-    """Each backend that runs on CPU tensors here; the CUDA kernels among them, under the name "native"."""
+    """Each backend that runs on CPU tensors here; the CUDA kernels among them, under the name "native".
+
+    A test file that is about one op names it in OP, and skips the backends that have no kernel for it.
+    """
+    op = getattr(request.module, "OP", None)
+    missing = op and _missing(op, request.param)
+    if missing:
+        pytest.skip(missing)
     if request.param in SIMT:
         with simt.as_native(SIMT[request.param]):
             yield "native"
     else:
         yield request.param
+
+
+def _missing(op, param):
+    """Why there is no kernel of `op` under this parameter of `backend`, or None."""
+    if param not in SIMT:
+        return _backend.why_not(op, param, "cpu", torch.float32, ())
+    return None if (simt.CSRC / f"{op}_cuda.cu").exists() else f"there is no csrc/{op}_cuda.cu"
 
 
 @pytest.fixture

@@ -75,9 +75,10 @@ def random_inputs(
 def random_cotangents(inputs, sequences=None, seed=SEED + 1) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of o and of the final state for `inputs`, in the dtypes that those results have."""
     r = torch.Generator().manual_seed(seed)
-    v, K = inputs["v"], inputs["q"].shape[-1]
+    q, v = inputs["q"], inputs["v"]
+    K = q.shape[-1]
     N = v.shape[0] if sequences is None else sequences
-    do = torch.randn(v.shape, generator=r, dtype=torch.float64)
+    do = torch.randn(*q.shape[:2], *v.shape[2:], generator=r, dtype=torch.float64)
     ds = torch.randn(N, v.shape[2], K, v.shape[3], generator=r, dtype=torch.float64)
     return do.to(v.dtype), ds.to(torch.promote_types(v.dtype, torch.float32))
 
@@ -116,9 +117,11 @@ def results(op, inputs, do, ds, *, dtype=None, wanted=TENSORS, **options) -> dic
 _found: dict = {}  # of `references`: every backend and both lane orders ask for the same ones
 
 
-def references(inputs, do, ds, **options):
+def references(inputs, do, ds, *, reference=reference, **options):
     """(ref64, ref_low) of `assert_matches_reference` for every result; not to be written to."""
-    key = tuple(map(_content, (*inputs.values(), do, ds, *(x for item in sorted(options.items()) for x in item))))
+    key = tuple(
+        map(_content, (reference, *inputs.values(), do, ds, *(x for item in sorted(options.items()) for x in item)))
+    )
     found = _found.pop(key, None)
     if found is None:
         dtype = inputs["q"].dtype
@@ -151,15 +154,18 @@ def one_thread():
         torch.set_num_threads(before)
 
 
-def check(backend, inputs, *, names=None, device="cpu", **options) -> None:
-    """Outputs, final state and all gradients of `backend` on `device` against the float64 reference."""
+def check(backend, inputs, *, op=None, reference=reference, names=None, device="cpu", **options) -> None:
+    """Outputs, final state and all gradients of `backend` on `device` against the float64 reference.
+
+    `op` is `fla_ops.delta_rule` if not given, and `reference` its reference.
+    """
     cu = options.get("cu_seqlens")
     do, ds = random_cotangents(inputs, None if cu is None else cu.shape[0] - 1)
-    op = partial(fla_ops.delta_rule, backend=backend)
+    op = partial(op or fla_ops.delta_rule, backend=backend)
     there = options if cu is None else options | {"cu_seqlens": cu.to(device)}
     with one_thread() if backend == "reference" else contextlib.nullcontext():
         actual = results(op, on(device, inputs), do.to(device), ds.to(device), **there)
-    ref64, ref_low = references(inputs, do, ds, **options)
+    ref64, ref_low = references(inputs, do, ds, reference=reference, **options)
     for name in names or actual:
         found, low = actual[name], ref_low[name]
         if found.dtype == torch.float64 != inputs["q"].dtype:  # a float64 state's gradient, computed in float32

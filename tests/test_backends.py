@@ -227,6 +227,16 @@ SIGNATURES = {
         f"(x: {T}, weight: {T}, bias: {T} | None = None, *, state: {T}, activation: str | None = None, "
         f"state_indices: {T} | None = None, backend: str = 'auto') -> {T}"
     ),
+    "delta_product": (
+        f"(q: {T}, k: {T}, v: {T}, beta: {T}, g: {T} | None = None, *, num_householder: int, "
+        f"scale: float | None = None, initial_state: {T} | None = None, output_final_state: bool = False, "
+        f"cu_seqlens: {T} | None = None, qk_l2norm: bool = False, backend: str = 'auto') -> "
+        "fla_ops.delta_product.DeltaProductOutput"
+    ),
+    "delta_product_step": (
+        f"(q: {T}, k: {T}, v: {T}, beta: {T}, g: {T} | None = None, *, state: {T}, scale: float | None = None, "
+        f"qk_l2norm: bool = False, state_indices: {T} | None = None, backend: str = 'auto') -> {T}"
+    ),
     "delta_rule": (
         f"(q: {T}, k: {T}, v: {T}, beta: {T}, g: {T} | None = None, *, scale: float | None = None, "
         f"initial_state: {T} | None = None, output_final_state: bool = False, cu_seqlens: {T} | None = None, "
@@ -241,6 +251,7 @@ SIGNATURES = {
     "param_groups": "(model: torch.nn.modules.module.Module, weight_decay: float) -> list[dict]",
     "use_backend": "(name: str)",
     "CausalConv1dOutput": f"(y: {T}, final_state: {T} | None)",
+    "DeltaProductOutput": f"(o: {T}, final_state: {T} | None)",
     "DeltaRuleOutput": f"(o: {T}, final_state: {T} | None)",
 }
 

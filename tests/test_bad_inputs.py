@@ -7,6 +7,7 @@ before the dispatch, so that no backend can differ. Nasty but legal input is at 
 
 import math
 
+import delta_product_cases
 import pytest
 import torch
 from delta_rule_cases import bounds, call, check, random_inputs
@@ -15,6 +16,7 @@ import fla_ops
 import fla_ops.layers
 
 B, T, H, HV, K, V = 2, 10, 2, 4, 8, 6
+N = 3  # DeltaProduct's steps a token
 
 
 def good(**changed):
@@ -49,6 +51,27 @@ def conv_step(**changed):
     return lambda backend: fla_ops.causal_conv1d_step(**x, backend=backend)
 
 
+def product(**changed):
+    """The arguments of a right DeltaProduct, some of them replaced."""
+    x = delta_product_cases.random_inputs(N, B, T, H, HV, K, V)
+    del x["initial_state"]
+    x |= {"num_householder": N} | changed
+    return lambda backend: fla_ops.delta_product(**x, backend=backend)
+
+
+def product_step(**changed):
+    x = delta_product_cases.random_inputs(N, B, 1, H, HV, K, V)
+    x |= {"q": x["q"][:, 0], "g": x["g"][:, 0], "state": torch.zeros(B, HV, K, V)}
+    del x["initial_state"]
+    x |= changed
+    return lambda backend: fla_ops.delta_product_step(**x, backend=backend)
+
+
+def product_without_n(backend):
+    x = delta_product_cases.random_inputs(N, B, T, H, HV, K, V)
+    return fla_ops.delta_product(*(x[name] for name in ("q", "k", "v", "beta", "g")), backend=backend)
+
+
 def delta_rule(x):
     return lambda backend: fla_ops.delta_rule(**x, backend=backend)
 
@@ -80,6 +103,7 @@ def masked_layer(**changed):
 
 
 D, S = "delta_rule: ", "delta_rule_step: "
+P, PS = "delta_product: ", "delta_product_step: "
 C, CS = "causal_conv1d: ", "causal_conv1d_step: "
 TABLE = [
     # 1. lengths and sizes that do not match q
@@ -245,6 +269,61 @@ TABLE = [
      S + r"argument 'state_indices' must be an int32 or int64 tensor, got torch\.float32"),
     ("step: a list of slots", step(token(state_indices=[0, 1])), TypeError,
      S + r"argument 'state_indices' must be a tensor, got list"),
+    # 23. DeltaProduct: n rows a token
+    ("product: k has T rows", product(k=zeros(B, T, H, K)), ValueError,
+     P + r"argument 'k' must be of shape \[B=2, T\*n=30, H=2, K=8\], got \[2, 10, 2, 8\]\. It has 3 rows"),
+    ("product: n is another", product(num_householder=4), ValueError,
+     P + r"argument 'k' must be of shape \[B=2, T\*n=40, .*got \[2, 30, 2, 8\]\. It has 4 rows for each token of q"),
+    ("product: k is [B, T, n, H, K]", product(k=zeros(B, T, N, H, K)), ValueError,
+     P + r"argument 'k' must be of shape .*got \[2, 10, 3, 2, 8\]\. It looks like \[B, T, n, H, K\]: flatten\(1, 2\)"),
+    ("product: v has T rows", product(v=zeros(B, T, HV, V)), ValueError,
+     P + r"argument 'v' must be of shape \[B=2, T\*n=30, HV, V\], got \[2, 10, 4, 6\]"),
+    ("product: beta has T rows", product(beta=zeros(B, T, HV)), ValueError,
+     P + r"argument 'beta' must be of shape \[B=2, T\*n=30, HV=4\], got \[2, 10, 4\]"),
+    ("product: beta is [B, HV, T * n]", product(beta=zeros(B, HV, T * N)), ValueError,
+     P + r"argument 'beta' must be .*got \[2, 4, 30\]\. It looks like \[B, HV, T\]: transpose\(1, 2\)"),
+    ("product: g has T * n rows", product(g=zeros(B, T * N, HV)), ValueError,
+     P + r"argument 'g' must be of shape \[B=2, T=10, HV=4\], got \[2, 30, 4\]"),
+    ("product: q has T * n rows", product(q=zeros(B, T * N, H, K)), ValueError,
+     P + r"argument 'k' must be of shape \[B=2, T\*n=90"),
+    ("product: n is 0", product(num_householder=0), ValueError,
+     P + r"argument 'num_householder' must be from 1 to 8, got 0"),
+    ("product: n is 9", product(num_householder=9), ValueError,
+     P + r"argument 'num_householder' must be from 1 to 8, got 9"),
+    ("product: n is a float", product(num_householder=3.0), TypeError,
+     P + r"argument 'num_householder' must be an int, got 3\.0"),
+    ("product: n is a bool", product(num_householder=True), TypeError,
+     P + r"argument 'num_householder' must be an int, got True"),
+    ("product: no n", product_without_n, TypeError, "num_householder"),
+    ("product: a misspelt keyword", product(num_householders=3), TypeError, "num_householders"),
+    ("product: cu_seqlens counts micro-steps",
+     product(**{n: zeros(1, T * N, *tail) for n, tail in (("k", (H, K)), ("v", (HV, V)), ("beta", (HV,)))},
+             q=zeros(1, T, H, K), g=None, cu_seqlens=cu(0, 12, 30)), ValueError,
+     P + r"argument 'cu_seqlens' must be non-decreasing from 0 to T=10, got \[0, 12, 30\]"),
+    ("product: initial_state is value-first", product(initial_state=zeros(B, HV, V, K)), ValueError,
+     P + r"argument 'initial_state' must be .*look swapped: transpose\(-1, -2\)"),
+    ("product: v is bf16, q is float32", product(v=zeros(B, T * N, HV, V, dtype=torch.bfloat16)), TypeError,
+     P + r"argument 'v' must be torch\.float32 to match 'q', got torch\.bfloat16"),
+    ("product: scale is NaN", product(scale=math.nan), ValueError, P + r"argument 'scale' must be finite, got nan"),
+    ("product: HV is no multiple of H", product(v=zeros(B, T * N, 3, V)), ValueError,
+     P + r"argument 'v' must be of a head count that is a multiple of H=2, got HV=3"),
+    ("product: k on another device", product(k=zeros(B, T * N, H, K, device="meta")), ValueError,
+     P + r"all tensors must be on one device, got q: cpu, k: meta"),
+    ("product step: k has no axis of n", product_step(k=zeros(B, H, K)), ValueError,
+     PS + r"argument 'k' must be of shape \[B, n, H, K\] with n from 1 to 8, got \[2, 2, 8\]"),
+    ("product step: n is 9", product_step(k=zeros(B, 9, H, K)), ValueError,
+     PS + r"argument 'k' must be of shape .* with n from 1 to 8, got \[2, 9, 2, 8\]"),
+    ("product step: k is a list", product_step(k=[1.0]), TypeError, PS + r"argument 'k' must be a tensor, got list"),
+    ("product step: v has another n", product_step(v=zeros(B, 2, HV, V)), ValueError,
+     PS + r"argument 'v' must be of shape \[B=2, n=3, HV, V\], got \[2, 2, 4, 6\]"),
+    ("product step: beta is [B, HV]", product_step(beta=zeros(B, HV)), ValueError,
+     PS + r"argument 'beta' must be of shape \[B=2, n=3, HV=4\], got \[2, 4\]"),
+    ("product step: q has a time axis", product_step(q=zeros(B, 1, H, K)), ValueError,
+     PS + r"argument 'q' must be of shape \[B, H, K\], got \[2, 1, 2, 8\]"),
+    ("product step: the state is value-first", product_step(state=zeros(B, HV, V, K)), ValueError,
+     PS + r"argument 'state' must be of shape \[slots, HV=4, K=8, V=6\], got \[2, 4, 6, 8\]"),
+    ("product step: one slot twice", product_step(state_indices=cu(1, 1)), ValueError,
+     PS + r"argument 'state_indices' must be free of duplicates"),
     # The convolution: the same rules, its own shapes
     ("conv: x is [B, L, D]", conv(x=zeros(B, T, 6), weight=zeros(6, 4)), ValueError,
      C + r"argument 'weight' must be of shape \[D=10, W\], got \[6, 4\]\. x looks like \[B, L, D\]: transpose"),
@@ -309,6 +388,8 @@ def test_the_right_calls_are_right(backend):
     delta_rule(good())(backend)
     delta_rule(packed())(backend)
     step(token())(backend)
+    product()("auto")
+    product_step()("auto")
     conv()(backend)
     conv_step()(backend)
 

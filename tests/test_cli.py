@@ -14,7 +14,9 @@ import torch
 import fla_ops
 from fla_ops import cli
 from fla_ops.commands import demo_text
-from fla_ops.commands.demo_speed import chunked_delta_rule
+from fla_ops.commands.demo_model import WIDTH, LanguageModel
+from fla_ops.commands.demo_speed import _layers_on, chunked_delta_rule, plain_torch, product_by
+from fla_ops.reference.delta_product import delta_product as reference_delta_product
 from fla_ops.reference.delta_rule import delta_rule as reference_delta_rule
 from fla_ops.reference.delta_rule import l2norm
 
@@ -128,6 +130,45 @@ def test_the_demos_own_chunked_form_is_the_delta_rule():
     expected, expected_final = reference_delta_rule(q, k, v, beta, g, **options)
     torch.testing.assert_close(o, expected)
     torch.testing.assert_close(final, expected_final)
+
+
+def test_the_demos_mixers_are_of_one_size():
+    sizes = {name: sum(p.numel() for p in build(WIDTH, "auto").parameters()) for name, build in cli.MIXERS.items()}
+    assert set(sizes) == {"deltanet", "gated_deltanet", "gated_delta_product"}
+    assert all(80_000 < size < 90_000 for size in sizes.values()), sizes
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_the_demos_form_of_delta_product_without_a_kernel_is_delta_product(n):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, T, 3, 16, dtype=torch.float64) for T in (70, 70 * n, 70 * n))
+    beta, g = torch.rand(2, 70 * n, 3).double(), -torch.rand(2, 70, 3).double()
+    state = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+
+    def plain(q, k, v, beta, g, state):
+        return reference_delta_rule(q, k, v, beta, g, initial_state=state, output_final_state=True)
+
+    o, final = product_by(plain, q, k, v, beta, g, state, n)
+    options = {"num_householder": n, "initial_state": state, "output_final_state": True}
+    expected, expected_final = reference_delta_product(q, k, v, beta, g, **options)
+    torch.testing.assert_close(o, expected)
+    torch.testing.assert_close(final, expected_final)
+
+
+@pytest.mark.parametrize("mixer", cli.MIXERS)
+def test_the_demos_baseline_is_the_same_model(mixer):
+    """With the plain-torch form in the place of the ops, a model says what it says on them."""
+    model = LanguageModel(mixer, "reference")
+    with torch.no_grad():
+        for block in model.blocks:  # blocks start as the identity
+            block.mixer.o_proj.weight.normal_(std=0.1)
+            block.mlp.down.weight.normal_(std=0.1)
+    tokens = torch.randint(256, (2, 70))
+    with torch.no_grad():
+        expected = model(tokens)[0]
+        with _layers_on(plain_torch()[1]):
+            found = model(tokens)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(

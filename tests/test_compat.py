@@ -5,6 +5,7 @@ import inspect
 
 import pytest
 import torch
+from kernels_here import skip_without_kernel
 from torch.nn import functional as F
 
 import fla_ops
@@ -94,6 +95,13 @@ SIGNATURES = [
         | {"use_gate_in_kernel": False, "A_log": None, "dt_bias": None, "use_beta_sigmoid_in_kernel": False}
         | {"allow_neg_eigval": False, "state_v_first": False, "cu_seqlens": None},
         {"transpose_state_layout": None},
+    ),
+    (
+        fla.chunk_gated_delta_product,
+        dict.fromkeys(["q", "k", "v", "g", "beta", "num_householder"], NO)
+        | CHUNK
+        | {"cu_seqlens": None, "cu_seqlens_cpu": None, "cp_context": None},
+        {},
     ),
     (
         fla.causal_conv1d,
@@ -239,6 +247,76 @@ def test_dtypes(dtype, backend):
         o, final = fla.chunk_gated_delta_rule(**mixed, output_final_state=True, use_qk_l2norm_in_kernel=True)
         assert o.dtype == dtype and final.dtype == torch.float32
         bound = 4 * max(torch.finfo(dtype).eps, torch.finfo(beta_dtype).eps)
+        assert (o.double() - exact).abs().max() < bound * exact.abs().max()
+
+
+# fla's DeltaProduct: n rows a token in k, v and beta, one in q and g.
+
+MICRO = 3
+
+
+@pytest.fixture
+def product_backend(backend):
+    skip_without_kernel("delta_product", backend)
+    return backend
+
+
+def product_inputs(batch=B, dtype=torch.float64):
+    wide, narrow = inputs(batch, T * MICRO, dtype=dtype), inputs(batch, dtype=dtype, seed=2)
+    return wide | {"q": narrow["q"], "g": narrow["g"]}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("with_gate", [False, True])
+@pytest.mark.parametrize("l2norm", [False, True])
+def test_product_is_the_op(l2norm, with_gate, packed, product_backend):
+    t = product_inputs(1 if packed else B)
+    q, k, v, beta = (t[name] for name in ("q", "k", "v", "beta"))
+    g = t["g"] if with_gate else None
+    cu = torch.tensor([0, 0, 4, T]) if packed else None
+    s = state(3 if packed else B)
+    options = {"num_householder": MICRO, "initial_state": s, "output_final_state": True, "cu_seqlens": cu}
+    o, final = fla_ops.delta_product(q, k, v, beta, g, scale=0.3, qk_l2norm=l2norm, **options)
+    # By position, in fla's order.
+    result = fla.chunk_gated_delta_product(q, k, v, g, beta, MICRO, 0.3, s, True, l2norm, cu, cu)
+    assert type(result) is tuple and torch.equal(result[0], o) and torch.equal(result[1], final)
+    plain, none = fla.chunk_gated_delta_product(q, k, v, g, beta, num_householder=MICRO, cu_seqlens=cu)
+    assert none is None
+    assert torch.equal(plain, fla_ops.delta_product(q, k, v, beta, g, num_householder=MICRO, cu_seqlens=cu).o)
+
+
+def test_product_is_its_recurrence(product_backend):
+    """fla's documented semantics, step by step: one decay a token, n updates, one read. With gradients."""
+    t, s = product_inputs(), state()
+    leaves = [x.requires_grad_() for x in (*t.values(), s)]
+    o, final = fla.chunk_gated_delta_product(**t, num_householder=MICRO, initial_state=s, output_final_state=True)
+    got = torch.autograd.grad(o.square().sum() + final.square().sum(), leaves)
+    expected, S = [], s
+    k = t["k"].repeat_interleave(HV // H, 2)
+    for i in range(T):
+        S = S * t["g"][:, i, :, None, None].exp()
+        for j in range(i * MICRO, (i + 1) * MICRO):
+            key = k[:, j, :, :, None]
+            u = t["v"][:, j] - (S * key).sum(2)
+            S = S + key * (t["beta"][:, j, :, None] * u)[:, :, None]
+        query = t["q"][:, i].repeat_interleave(HV // H, 1)
+        expected.append((S * query[..., None]).sum(2) * K**-0.5)
+    expected = torch.stack(expected, 1)
+    assert_close(o, expected)
+    assert_close(final, S)
+    for a, b in zip(got, torch.autograd.grad(expected.square().sum() + S.square().sum(), leaves), strict=True):
+        assert_close(a, b, 1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_product_dtypes(dtype, product_backend):
+    t = product_inputs(dtype=dtype)
+    options = {"num_householder": MICRO, "use_qk_l2norm_in_kernel": True, "output_final_state": True}
+    exact = fla.chunk_gated_delta_product(**{name: x.double() for name, x in t.items()}, **options)[0]
+    for side in (torch.float32, torch.bfloat16, torch.float64):
+        o, final = fla.chunk_gated_delta_product(**t | {"beta": t["beta"].to(side), "g": t["g"].to(side)}, **options)
+        assert o.dtype == dtype and final.dtype == torch.float32
+        bound = 4 * max(torch.finfo(dtype).eps, torch.finfo(side).eps)
         assert (o.double() - exact).abs().max() < bound * exact.abs().max()
 
 
@@ -514,6 +592,18 @@ BAD_CALLS = [
     (TypeError, "unexpected keyword", lambda: fla.fused_recurrent_gated_delta_rule(**t(), head_first=False)),
     (NotImplementedError, "context parallelism", lambda: fla.chunk_gated_delta_rule(**t(), cp_context=object())),
     (NotImplementedError, "context parallelism", lambda: fla.causal_conv1d(X, WEIGHT, cp_context=object())),
+    (
+        NotImplementedError,
+        "context parallelism",
+        lambda: fla.chunk_gated_delta_product(**product_inputs(), num_householder=MICRO, cp_context=object()),
+    ),
+    (ValueError, "'k' must be of shape", lambda: fla.chunk_gated_delta_product(**product_inputs(), num_householder=2)),
+    (
+        ValueError,
+        "'num_householder' must be",
+        lambda: fla.chunk_gated_delta_product(**product_inputs(), num_householder=0),
+    ),
+    (TypeError, "num_householder", lambda: fla.chunk_gated_delta_product(**product_inputs())),
     (ValueError, "'A_log' must be given", lambda: fla.chunk_gated_delta_rule(**t(), use_gate_in_kernel=True)),
     (ValueError, "'allow_neg_eigval' must be", lambda: fla.chunk_gated_delta_rule(**t(), allow_neg_eigval=True)),
     (

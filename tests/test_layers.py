@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DeltaNet and GatedDeltaNet: names, states, masks, wrapped submodules, and the rest of PyTorch."""
+"""DeltaNet, GatedDeltaNet and GatedDeltaProduct: names, states, masks, wrapped submodules, and the rest of PyTorch."""
 
 import copy
 import doctest
@@ -8,11 +8,12 @@ import pickle
 
 import pytest
 import torch
+from kernels_here import skip_without_kernel
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fla_ops
-from fla_ops.layers import DeltaNet, GatedDeltaNet, LayerState
+from fla_ops.layers import DeltaNet, GatedDeltaNet, GatedDeltaProduct, LayerState
 
 D = 24
 
@@ -23,6 +24,10 @@ def delta_net(**options):
 
 def gated_delta_net(**options):
     return GatedDeltaNet(**({"hidden_size": D, "head_dim": 6, "num_heads": 2, "num_v_heads": 4} | options))
+
+
+def gated_delta_product(**options):
+    return GatedDeltaProduct(**({"hidden_size": D, "head_dim": 6, "num_heads": 2, "num_v_heads": 4} | options))
 
 
 # Every option is somewhere; K != V, grouped value heads and conv widths 1 to 5 among them.
@@ -36,13 +41,21 @@ VARIANTS = {
     "gated": lambda **o: gated_delta_net(**o),
     "gated-plain-out": lambda **o: gated_delta_net(use_gate=False, conv_bias=True, allow_neg_eigval=True, **o),
     "gated-no-conv": lambda **o: gated_delta_net(use_short_conv=False, output_gate_activation="sigmoid", **o),
+    "product": lambda **o: gated_delta_product(**o),
+    "product-3-plain": lambda **o: gated_delta_product(
+        use_forget_gate=False, use_output_gate=False, allow_neg_eigval=False, num_householder=3, conv_bias=True, **o
+    ),
+    "product-no-conv": lambda **o: gated_delta_product(use_short_conv=False, use_forget_gate=False, **o),
+    "product-1": lambda **o: gated_delta_product(num_householder=1, expand_v=0.5, **o),
 }
-TWO = ("delta-gate-bias", "gated")
+MAIN = ("delta-gate-bias", "gated", "product")
 
 
 def make(variant, backend="reference", dtype=torch.float64, **options):
     torch.manual_seed(0)
     layer = VARIANTS[variant](backend=backend, dtype=dtype, **options)
+    op = "delta_product" if getattr(layer, "num_householder", 1) > 1 else "delta_rule"
+    skip_without_kernel(op, backend, dtype)
     with torch.no_grad():  # leave the ones of the norm, so that a forgotten weight shows
         layer.o_norm.weight.uniform_(0.5, 1.5)
     return layer
@@ -120,6 +133,21 @@ TABLE = [
         {"head_dim": 8, "num_heads": 4, "use_gate": False, "conv_bias": True},
         qkv(32, 32, 64, 4, True) | {k: v for k, v in GATED.items() if k != "g_proj.weight"},
     ),
+    (
+        GatedDeltaProduct,
+        {"head_dim": 8, "num_heads": 2, "num_v_heads": 4, "num_householder": 3},
+        qkv(16, 48, 192) | GATED | {"b_proj.weight": (12, 32)},
+    ),
+    (
+        GatedDeltaProduct,
+        {"head_dim": 8, "num_heads": 4, "use_forget_gate": False, "use_output_gate": False, "conv_bias": True},
+        qkv(32, 64, 128, 4, True) | {"b_proj.weight": (8, 32), "o_norm.weight": (16,), "o_proj.weight": (32, 64)},
+    ),
+    (
+        GatedDeltaProduct,
+        {"head_dim": 8, "num_heads": 4, "use_short_conv": False, "num_householder": 1},
+        qkv(32, 32, 64, 0) | GATED,
+    ),
 ]
 
 
@@ -132,11 +160,15 @@ def test_state_dict_names_and_shapes(cls, options, shapes):
 
 def test_defaults_are_the_peers():
     with torch.device("meta"):
-        delta, gated = DeltaNet(), GatedDeltaNet()
+        delta, gated, product = DeltaNet(), GatedDeltaNet(), GatedDeltaProduct()
     assert delta.q_proj.weight.shape == (1024, 1024) and delta.o_norm.weight.shape == (256,)
     assert delta.q_conv1d.weight.shape == (1024, 1, 4) and not hasattr(delta, "g_proj")
     assert gated.q_proj.weight.shape == (1536, 2048) and gated.v_proj.weight.shape == (3072, 2048)
     assert gated.A_log.shape == (6,) and gated.o_norm.weight.shape == (512,) and gated.g_proj.weight.shape[0] == 3072
+    assert product.q_proj.weight.shape == (1536, 2048) and product.k_proj.weight.shape == (3072, 2048)
+    assert product.v_proj.weight.shape == (6144, 2048) and product.b_proj.weight.shape == (12, 2048)
+    assert product.k_conv1d.weight.shape == (3072, 1, 4) and product.g_proj.weight.shape[0] == 3072
+    assert product.A_log.shape == (6,) and product.o_norm.weight.shape == (512,) and product.allow_neg_eigval
 
 
 # Against the definition, written out token by token for one head.
@@ -166,6 +198,51 @@ def test_gated_layer_is_its_equation():
     assert_close(layer(x)[0], torch.stack(rows) @ p["o_proj.weight"].T)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_product_layer_is_its_equation(gated):
+    """Two heads, three micro-steps: rows of the projections are ordered (n h d)."""
+    torch.manual_seed(0)
+    n, H, K, V, T = 3, 2, 6, 12, 7
+    layer = GatedDeltaProduct(
+        D, head_dim=K, num_heads=H, num_householder=n, use_forget_gate=gated, backend="reference", dtype=torch.float64
+    )
+    x = tokens(1, T)
+    p = dict(layer.named_parameters())
+
+    def convolved(name):
+        u = torch.cat([x.new_zeros(3, p[f"{name}_proj.weight"].shape[0]), x[0] @ p[f"{name}_proj.weight"].T])
+        return nn.functional.silu(sum(p[f"{name}_conv1d.weight"][:, 0, w] * u[w : w + T] for w in range(4)))
+
+    def normalised(u):
+        return u / (u.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+
+    q, k, v = convolved("q").view(T, H, K), convolved("k").view(T, n, H, K), convolved("v").view(T, n, H, V)
+    beta = 2 * torch.sigmoid(x[0] @ p["b_proj.weight"].T).view(T, n, H)
+    gate = (p["g_proj.weight"] @ x[0].T).T.view(T, H, V)
+    g = x.new_zeros(T, H)
+    if gated:
+        g = -p["A_log"].exp() * nn.functional.softplus(x[0] @ p["a_proj.weight"].T + p["dt_bias"])
+    rows = x.new_zeros(T, H, V)
+    for h in range(H):
+        S = x.new_zeros(K, V)
+        for t in range(T):
+            S = g[t, h].exp() * S
+            for j in range(n):
+                key = normalised(k[t, j, h])
+                S = S + beta[t, j, h] * torch.outer(key, v[t, j, h] - S.T @ key)
+            o = S.T @ normalised(q[t, h]) * K**-0.5
+            o = o / (o.square().mean() + 1e-5).sqrt() * p["o_norm.weight"]
+            rows[t, h] = o * nn.functional.silu(gate[t, h])
+    assert_close(layer(x)[0], rows.flatten(1) @ p["o_proj.weight"].T)
+
+
+def test_product_of_one_is_the_gated_delta_net(backend):
+    product = make("product-1", backend)
+    net = gated_delta_net(expand_v=0.5, allow_neg_eigval=True, backend=backend, dtype=torch.float64)
+    net.load_state_dict(product.state_dict(), strict=True)
+    assert torch.equal(net(tokens(2, 70)), product(tokens(2, 70)))
+
+
 # Any split of the sequence gives the same answer.
 
 
@@ -188,7 +265,7 @@ def test_chunks_and_steps_equal_the_whole(variant, backend):
         assert_states_close(state, final)
 
 
-@pytest.mark.parametrize("variant", TWO)
+@pytest.mark.parametrize("variant", MAIN)
 def test_gradients_through_the_state(variant, backend):
     layer = make(variant, backend)
     x = tokens(2, 9).requires_grad_()
@@ -202,7 +279,7 @@ def test_gradients_through_the_state(variant, backend):
         assert_close(actual[name], grad, 1e-11)
 
 
-@pytest.mark.parametrize("variant", TWO)
+@pytest.mark.parametrize("variant", MAIN)
 def test_packed_equals_separate(variant, backend):
     layer = make(variant, backend)
     lengths = [5, 0, 1, 66, 3]
@@ -240,7 +317,7 @@ MASK = torch.tensor(
 
 
 @pytest.mark.parametrize("with_state", [False, True])
-@pytest.mark.parametrize("variant", (*TWO, "delta-identity-no-conv"))
+@pytest.mark.parametrize("variant", (*MAIN, "delta-identity-no-conv", "product-3-plain"))
 def test_a_masked_row_equals_the_row_alone(variant, with_state, backend):
     layer = make(variant, backend)
     x = tokens(5, 8)
@@ -280,7 +357,7 @@ def test_mask_dtypes(dtype):
     assert torch.equal(layer(x, attention_mask=torch.ones(5, 8, dtype=dtype)), layer(x))
 
 
-@pytest.mark.parametrize("variant", TWO)
+@pytest.mark.parametrize("variant", MAIN)
 def test_empty_inputs(variant, backend):
     layer = make(variant, backend)
     state = layer.init_state(2)
@@ -314,7 +391,7 @@ class LoRA(nn.Module):
         return merged
 
 
-@pytest.mark.parametrize("variant", TWO)
+@pytest.mark.parametrize("variant", MAIN)
 def test_wrapped_linears_take_effect(variant, backend):
     x = tokens(2, 5)
     names = [name for name, m in make(variant).named_children() if isinstance(m, nn.Linear)]
@@ -334,7 +411,7 @@ def test_wrapped_linears_take_effect(variant, backend):
         assert_close(layer(x), y)
 
 
-@pytest.mark.parametrize("variant", TWO)
+@pytest.mark.parametrize("variant", MAIN)
 def test_every_submodule_is_called_once(variant):
     layer, calls = make(variant), []
     for name, module in layer.named_children():
@@ -358,7 +435,7 @@ def test_a_hook_that_changes_the_convolution_is_obeyed():
 # Construction, dtypes, copies.
 
 
-@pytest.mark.parametrize("variant", TWO)
+@pytest.mark.parametrize("variant", MAIN)
 def test_meta_construction_and_reset(variant):
     layer = make(variant, dtype=torch.float32, device="cpu")
     on_meta = VARIANTS[variant](backend="reference", device="meta")
@@ -372,14 +449,18 @@ def test_meta_construction_and_reset(variant):
     assert marked(on_meta) == marked(layer)
 
 
-def test_documented_initialisation():
+@pytest.mark.parametrize("cls", [GatedDeltaNet, GatedDeltaProduct])
+def test_documented_initialisation(cls):
     torch.manual_seed(0)
-    layer = GatedDeltaNet(hidden_size=64, head_dim=8, num_heads=256, conv_bias=True)
+    layer = cls(hidden_size=64, head_dim=8, num_heads=256, conv_bias=True)
     rate, step = layer.A_log.exp(), nn.functional.softplus(layer.dt_bias)
     assert 0 < rate.min() < 1 and 15 < rate.max() <= 16 and 7 < rate.mean() < 9
     assert 0.001 <= step.min() < 0.0015 and 0.08 < step.max() <= 0.1001
     assert abs(step.log10().mean() + 2) < 0.1
     assert (layer.o_norm.weight == 1).all()
+    for linear in (layer.k_proj, layer.b_proj, layer.o_proj):
+        bound = linear.in_features**-0.5
+        assert 0.95 * bound < linear.weight.abs().max() <= bound
     for conv in (layer.q_conv1d, layer.v_conv1d):
         assert 0.45 < conv.weight.abs().max() <= 0.5 and 0.45 < conv.bias.abs().max() <= 0.5
 
@@ -388,14 +469,15 @@ def marked(layer):
     return {name for name, p in layer.named_parameters() if getattr(p, "_no_weight_decay", False)}
 
 
-def test_marks_survive_and_param_groups_obeys_them():
-    layer = make("gated", dtype=torch.float32)
+@pytest.mark.parametrize("variant", ["gated", "product"])
+def test_marks_survive_and_param_groups_obeys_them(variant):
+    layer = make(variant, dtype=torch.float32)
     names = {"A_log", "dt_bias"}
-    assert marked(layer) == names and marked(make("delta")) == set()
+    assert marked(layer) == names and marked(make("delta")) == marked(make("product-no-conv")) == set()
     assert marked(copy.deepcopy(layer)) == names
     assert marked(pickle.loads(pickle.dumps(layer))) == names
     assert marked(copy.deepcopy(layer).bfloat16()) == names
-    other = VARIANTS["gated"](device="meta")
+    other = VARIANTS[variant](device="meta")
     other.load_state_dict(layer.state_dict(), assign=True)
     assert marked(other) == names
     model = nn.Sequential(layer, nn.Linear(D, D))
@@ -407,7 +489,7 @@ def test_marks_survive_and_param_groups_obeys_them():
     torch.optim.AdamW(fla_ops.param_groups(make("delta"), 0.1))
 
 
-@pytest.mark.parametrize("variant", TWO)
+@pytest.mark.parametrize("variant", MAIN)
 def test_copies_pickles_and_state_dicts(variant):
     layer, x = make(variant, dtype=torch.float32), tokens(2, 5, dtype=torch.float32)
     y, state = layer(x, return_state=True)
@@ -425,7 +507,7 @@ def test_copies_pickles_and_state_dicts(variant):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("variant", TWO)
+@pytest.mark.parametrize("variant", MAIN)
 def test_low_precision_layer_stays_near_float32(variant, dtype, backend):
     layer = make(variant, backend, torch.float32)
     low = copy.deepcopy(layer).to(dtype)
@@ -453,8 +535,9 @@ def test_gate_is_computed_in_float32_for_a_bfloat16_layer():
 
 @pytest.mark.parametrize("A_log", [-20.0, 0.0, 5.0, 90.0])
 @pytest.mark.parametrize("dt", [-50.0, 0.0, 50.0])
-def test_extreme_decays_are_finite(A_log, dt, backend):
-    layer = make("gated", backend, torch.float32)
+@pytest.mark.parametrize("variant", ["gated", "product"])
+def test_extreme_decays_are_finite(variant, A_log, dt, backend):
+    layer = make(variant, backend, torch.float32)
     with torch.no_grad():
         layer.A_log.fill_(A_log)
         layer.dt_bias.fill_(dt)
@@ -468,7 +551,7 @@ def test_extreme_decays_are_finite(A_log, dt, backend):
 # The rest of PyTorch.
 
 
-@pytest.mark.parametrize("variant", TWO)
+@pytest.mark.parametrize("variant", MAIN)
 def test_autocast(variant, backend):
     layer, x = make(variant, backend, torch.float32), tokens(2, 20, dtype=torch.float32)
     exact = layer(x)
@@ -483,7 +566,7 @@ def test_autocast(variant, backend):
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("variant", TWO)
+@pytest.mark.parametrize("variant", MAIN)
 def test_checkpointing(variant, use_reentrant, backend):
     layer = make(variant, backend)
     x = tokens(2, 9).requires_grad_()
@@ -493,7 +576,7 @@ def test_checkpointing(variant, use_reentrant, backend):
     assert all(torch.equal(actual[name], grad) for name, grad in expected.items())
 
 
-@pytest.mark.parametrize("variant", TWO)
+@pytest.mark.parametrize("variant", MAIN)
 def test_eval_mode_changes_nothing(variant, backend):
     layer, x = make(variant, backend), tokens(1, 3)
     trained = gradients(layer, layer(x))
@@ -502,7 +585,7 @@ def test_eval_mode_changes_nothing(variant, backend):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", TWO)
+@pytest.mark.parametrize("variant", MAIN)
 def test_compiles_without_a_graph_break(variant, backend):
     torch._dynamo.reset()
     layer, x = make(variant, backend), tokens(2, 3).requires_grad_()
@@ -528,9 +611,9 @@ def test_compiles_without_a_graph_break(variant, backend):
 
 def test_docstrings():
     from fla_ops import _param_groups
-    from fla_ops.layers import delta_rule
+    from fla_ops.layers import delta_product, delta_rule
 
-    for module in (delta_rule, _param_groups):
+    for module in (delta_product, delta_rule, _param_groups):
         result = doctest.testmod(module)
         assert result.attempted and not result.failed
 
@@ -562,10 +645,11 @@ BAD_CALLS = [
 ]
 
 
+@pytest.mark.parametrize("variant", ["gated", "product"])
 @pytest.mark.parametrize(("error", "message", "call"), BAD_CALLS)
-def test_bad_calls(error, message, call):
+def test_bad_calls(error, message, call, variant):
     with pytest.raises(error, match=message):
-        call(make("gated"))
+        call(make(variant))
 
 
 BAD_LAYERS = [
@@ -576,6 +660,9 @@ BAD_LAYERS = [
     ("'num_v_heads' must be", lambda: GatedDeltaNet(hidden_size=32, num_heads=4, num_v_heads=6)),
     ("'expand_v' must be", lambda: GatedDeltaNet(hidden_size=32, head_dim=7, expand_v=1.3)),
     ("'output_gate_activation' must be", lambda: GatedDeltaNet(hidden_size=32, output_gate_activation="relu")),
+    ("GatedDeltaProduct: argument 'num_householder' must be", lambda: GatedDeltaProduct(32, num_householder=0)),
+    ("'num_v_heads' must be", lambda: GatedDeltaProduct(hidden_size=32, num_heads=4, num_v_heads=6)),
+    ("'expand_v' must be", lambda: GatedDeltaProduct(hidden_size=32, head_dim=7, expand_v=1.3)),
 ]
 
 
@@ -583,6 +670,12 @@ BAD_LAYERS = [
 def test_bad_constructions(message, build):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("count", [True, 2.0, "2"])
+def test_number_of_micro_steps_is_an_int(count):
+    with pytest.raises(TypeError, match="'num_householder' must be an int"):
+        GatedDeltaProduct(hidden_size=32, num_householder=count)
 
 
 def test_failed_step_leaves_the_state_alone():

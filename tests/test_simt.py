@@ -150,7 +150,19 @@ def delta_rule_gradients(ops):
     return ops.delta_rule_backward(q, k, v, beta, g, 0.1, None, None, False, states, do, None, 63)
 
 
-BARRIERS = {"causal_conv1d_cuda.cu": conv_gradients, "delta_rule_backward_cuda.cu": delta_rule_gradients}
+def delta_product_gradients(ops):
+    q, do = (torch.randn(1, 20, 1, 64) for _ in range(2))
+    k, v = (torch.randn(1, 40, 1, 64) for _ in range(2))
+    k, beta, g = k / 8, torch.rand(1, 40, 1), -torch.rand(1, 20, 1)
+    states = torch.ops.fla_ops_simt.delta_product_forward(q, k, v, beta, g, 2, 0.1, None, None, False, True)[2]
+    return ops.delta_product_backward(q, k, v, beta, g, 2, 0.1, None, None, False, states, do, None, 63)
+
+
+BARRIERS = {
+    "causal_conv1d_cuda.cu": conv_gradients,
+    "delta_product_backward_cuda.cu": delta_product_gradients,
+    "delta_rule_backward_cuda.cu": delta_rule_gradients,
+}
 
 
 @pytest.mark.slow

@@ -35,7 +35,8 @@ class Variant:
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One group of the table: an op, a pass and a shape. Sizes are those of the op's docstring."""
+    """One group of the table: an op, a pass and a shape. Sizes are those of the op's docstring, n DeltaProduct's number
+    of steps a token."""
 
     op: str
     kind: str  # FORWARD, BACKWARD or STEP
@@ -58,9 +59,26 @@ class Case:
     def group(self) -> str:
         return f"{self.op} {self.kind} {self.label}"
 
+    @property
+    def delta(self) -> bool:
+        """Whether the op is of the delta rule's kind, q, k, v and gates, and not the convolution."""
+        return self.op in ("delta_rule", "delta_product")
+
+    @property
+    def options(self) -> dict[str, object]:
+        """What the op is called with beside its tensors."""
+        if not self.delta:
+            return {"activation": "silu"}
+        steps = {"num_householder": self.sizes["n"]} if self.op == "delta_product" and self.kind != STEP else {}
+        return {"qk_l2norm": True} | steps
+
 
 def _delta(kind: str, T: int, D: int, H: int = 8, V: int | None = None, B: int = 1, **options) -> Case:
     return Case("delta_rule", kind, {"B": B, "T": T, "H": H, "K": D, "V": V or D}, **options)
+
+
+def _product(kind: str, T: int, D: int, n: int, H: int = 8, B: int = 1, **options) -> Case:
+    return Case("delta_product", kind, {"B": B, "T": T, "H": H, "K": D, "V": D, "n": n}, **options)
 
 
 def _conv(kind: str, D: int, L: int, B: int = 1, **options) -> Case:
@@ -79,6 +97,15 @@ _ON_CPU = (
     _delta(BACKWARD, 2048, 128, dtype=torch.bfloat16),
     _delta(BACKWARD, 1000, 60, V=100),
     _delta(STEP, 1, 128, H=16, quick=True),
+    *(
+        _product(kind, 1024, D, n, quick=n == 2 and kind == BACKWARD)
+        for kind in (FORWARD, BACKWARD)
+        for D in (64, 128)
+        for n in (2, 4)
+    ),
+    _product(BACKWARD, 1024, 64, 3),
+    _product(BACKWARD, 1024, 128, 2, dtype=torch.bfloat16),
+    _product(STEP, 1, 128, 2, H=16, quick=True),
     _conv(FORWARD, 1536, 1024, quick=True),
     _conv(FORWARD, 1536, 1024, dtype=torch.bfloat16),
     _conv(FORWARD, 1536, 1024, packed=(500, 1, 0, 523)),
@@ -131,10 +158,13 @@ def inputs(case: Case, length: int | None = None) -> Tensors:
     rand = functools.partial(torch.randn, dtype=case.dtype)
     packed = case.packed if length is None else tuple(min(p, length // len(case.packed)) for p in case.packed)
     T = sum(packed) if packed else min(s.get("T", s.get("L")), length or 1 << 30)
-    if case.op == "delta_rule":
+    if case.delta:
         lead = (s["B"],) if case.kind == STEP else (s["B"], T)
-        x = {n: rand(*lead, s["H"], s[d]) for n, d in (("q", "K"), ("k", "K"), ("v", "V"))}
-        x["beta"] = torch.rand(*lead, s["H"])
+        micro = lead
+        if case.op == "delta_product":
+            micro = (s["B"], s["n"]) if case.kind == STEP else (s["B"], T * s["n"])
+        x = {"q": rand(*lead, s["H"], s["K"]), "k": rand(*micro, s["H"], s["K"]), "v": rand(*micro, s["H"], s["V"])}
+        x["beta"] = torch.rand(*micro, s["H"])
         if case.gated:
             x["g"] = F.logsigmoid(torch.randn(*lead, s["H"]) + 2)
         state = (s["B"], s["H"], s["K"], s["V"])
@@ -149,7 +179,7 @@ def inputs(case: Case, length: int | None = None) -> Tensors:
     x = {n: t.to(device()) for n, t in x.items()}
     if case.kind == BACKWARD:
         x = {n: t.requires_grad_() for n, t in x.items()}
-        x["do"] = torch.randn_like(x["v"] if case.op == "delta_rule" else x["x"])
+        x["do"] = rand(s["B"], T, s["H"], s["V"]).to(device()) if case.delta else torch.randn_like(x["x"])
     if packed:
         x["cu_seqlens"] = torch.tensor([0, *packed], device=device()).cumsum(0)
     return x
@@ -158,17 +188,17 @@ def inputs(case: Case, length: int | None = None) -> Tensors:
 def work(case: Case) -> tuple[float, float]:
     """(floating-point operations, bytes) of a pass.
 
-    The delta rule's operations are those of the chunked form with the smallest useful chunk of 16 tokens, backward
-    twice the forward: what a kernel recomputes, or does more in larger chunks, earns no credit. Bytes are each input
-    and output once.
+    The delta rule's operations are those of the chunked form with the smallest useful chunk of 16 rows, backward
+    twice the forward: what a kernel recomputes, or does more in larger chunks, earns no credit. DeltaProduct has n rows
+    of keys and values a token, and one of queries. Bytes are each input and output once.
     """
     s, size = case.sizes, case.dtype.itemsize
     passes = 3 if case.kind == BACKWARD else 1
-    if case.op == "delta_rule":
-        rows = s["B"] * s["T"] * s["H"]
+    if case.delta:
+        rows, n = s["B"] * s["T"] * s["H"], s.get("n", 1)
         chunk = 16 if case.kind != STEP else 0
-        flops = rows * (6 * s["K"] * s["V"] + 2 * chunk * (s["K"] + s["V"]))
-        moved = rows * ((2 * s["K"] + 2 * s["V"]) * size + 8)
+        flops = rows * ((4 * n + 2) * s["K"] * s["V"] + (n + 1) * chunk * (s["K"] + s["V"]))
+        moved = rows * ((n + 1) * (s["K"] + s["V"]) * size + 4 * (n + 1))
         if case.kind == STEP:
             moved += 2 * 4 * s["B"] * s["H"] * s["K"] * s["V"]
     else:
@@ -198,11 +228,10 @@ def _pass(case: Case, function: Callable[..., torch.Tensor]) -> Callable[[Tensor
 
 def _ours(case: Case, reference: bool) -> list[Variant]:
     op = getattr(fla_ops, f"{case.op}_step" if case.kind == STEP else case.op)
-    options = {"qk_l2norm": True} if case.op == "delta_rule" else {"activation": "silu"}
-    sizes = (case.sizes["K"], case.sizes["V"]) if case.op == "delta_rule" else (case.sizes["W"],)
+    sizes = (case.sizes["K"], case.sizes["V"]) if case.delta else (case.sizes["W"],)
 
     def call(backend: str, **x: torch.Tensor) -> torch.Tensor:
-        result = op(**x, **options, backend=backend)
+        result = op(**x, **case.options, backend=backend)
         return result if case.kind == STEP else result[0]
 
     found = []
@@ -302,6 +331,66 @@ def _without_flas_guard() -> str:
     return " (its guard off: its gradient may be wrong)"
 
 
+def _theirs_delta_product(case: Case, compiled: bool) -> list[Variant]:
+    """A delta rule on T * n tokens, which is what there is without a kernel for n steps a token: queries of zero at all
+    but each token's last row, gates of zero at all but its first. Our own delta rule, and transformers'."""
+    if case.kind == STEP:
+        return [] if compiled else [Variant("fla_ops delta_rule, n steps", torch.no_grad()(_steps_one_by_one))]
+    found = transformers_delta_rule()
+
+    def ours(q, k, v, beta, g):
+        return fla_ops.delta_rule(q, k, v, beta, g, qk_l2norm=True)[0]
+
+    def theirs(function: Callable, q, k, v, beta, g):
+        return function(q, k, v, g=g, beta=beta, use_qk_l2norm_in_kernel=True)[0]
+
+    named = {} if compiled else {"fla_ops delta_rule interleaved": ours}
+    if not isinstance(found, str):
+        chunked = torch.compile(found[0]) if compiled else found[0]
+        suffix = " compiled" if compiled else ""
+        named[f"transformers chunk interleaved{suffix}"] = functools.partial(theirs, chunked)
+    return [Variant(name, _interleaved(case, function)) for name, function in named.items()]
+
+
+def _interleaved(case: Case, function: Callable[..., torch.Tensor]) -> Callable[[Tensors], object]:
+    """The case's pass around `function` on interleaved inputs: made once, ahead of the calls that are timed."""
+    n, run = case.sizes["n"], _pass(case, function)
+    at = {"q": n - 1, "g": 0, "do": n - 1}  # the row of a token that holds it
+    made: list = [None, None]
+
+    def wide(name: str, t: torch.Tensor) -> torch.Tensor:
+        t = t.detach()
+        if name in at:
+            spread = t.new_zeros(*t.shape[:2], n, *t.shape[2:])
+            spread[:, :, at[name]] = t
+            t = spread.flatten(1, 2)
+        return t.requires_grad_(case.kind == BACKWARD and name != "do")
+
+    def call(x: Tensors):
+        if made[0] is not x["q"]:
+            made[:] = x["q"], {name: wide(name, t) for name, t in x.items()}
+        results = run(made[1])
+        if case.kind != BACKWARD:
+            return results[:, n - 1 :: n]
+        names = ("do", *(name for name in x if name != "do"))  # the output is read where its gradient is
+        return tuple(t[:, at[name] :: n] if name in at else t for name, t in zip(names, results, strict=True))
+
+    return call
+
+
+def _steps_one_by_one(x: Tensors) -> torch.Tensor:
+    n, none = x["k"].shape[1], torch.zeros_like(x["g"])
+    for j in range(n):
+        o = fla_ops.delta_rule_step(
+            x["q"],
+            *(x[name][:, j] for name in ("k", "v", "beta")),
+            none if j else x["g"],
+            state=x["state"],
+            qk_l2norm=True,
+        )
+    return o
+
+
 def _theirs_conv(case: Case, compiled: bool) -> list[Variant]:
     if case.packed:
         return []
@@ -344,7 +433,11 @@ def _gpu_conv(case: Case) -> list[Variant]:
     return found
 
 
-_THEIRS = {"delta_rule": _theirs_delta_rule, "causal_conv1d": _theirs_conv}
+_THEIRS = {
+    "delta_product": _theirs_delta_product,
+    "delta_rule": _theirs_delta_rule,
+    "causal_conv1d": _theirs_conv,
+}
 
 
 def variants(case: Case, *, reference: bool = False, compiled: bool = False) -> list[Variant]:

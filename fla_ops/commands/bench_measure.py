@@ -44,11 +44,13 @@ def _reference(case: Case, x: Tensors, low: torch.dtype | None) -> tuple[torch.T
     leaves = {n: t.detach() if n == "cu_seqlens" else t.detach().clone() for n, t in x.items() if n != "do"}
     if low is None:
         leaves = {n: t if n == "cu_seqlens" else t.double() for n, t in leaves.items()}
-    options = {"qk_l2norm": True} if case.op == "delta_rule" else {"activation": "silu"}
+    options = case.options
     if case.kind == STEP:
         state = leaves.pop("state")
-        tokens = ("q", "k", "v", "beta", "g") if case.op == "delta_rule" else ("x",)
-        axis = 1 if case.op == "delta_rule" else 2
+        tokens = ("q", "k", "v", "beta", "g") if case.op == "delta_rule" else ("q", "g") if case.delta else ("x",)
+        axis = 1 if case.delta else 2
+        if case.op == "delta_product":  # its other tensors have an axis of n in the place of time
+            options = options | {"num_householder": case.sizes["n"]}
         leaves = {n: t.unsqueeze(axis) if n in tokens else t for n, t in leaves.items()}
         return (op(**leaves, initial_state=state, operand_dtype=low, **options)[0].squeeze(axis),)
     if case.kind != BACKWARD:

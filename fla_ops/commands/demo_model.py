@@ -7,14 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..layers import DeltaNet, GatedDeltaNet
+from ..layers import DeltaNet, GatedDeltaNet, GatedDeltaProduct
 
 WIDTH, DEPTH, HIDDEN = 128, 3, 192
 
-# name -> (width, backend) -> layer. About 80 thousand parameters each.
+# name -> (width, backend) -> layer. About 80 thousand parameters each, so smaller heads for more keys and values.
 MIXERS: dict[str, Callable[[int, str], nn.Module]] = {
     "deltanet": lambda d, backend: DeltaNet(d, num_heads=d // 64, use_gate=True, backend=backend),
     "gated_deltanet": lambda d, backend: GatedDeltaNet(d, expand_v=1, head_dim=64, num_heads=d // 64, backend=backend),
+    "gated_delta_product": lambda d, backend: GatedDeltaProduct(
+        d, expand_v=1, head_dim=48, num_heads=d // 64, backend=backend
+    ),
 }
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ..layers import _conv as conv_layer
+from ..layers import delta_product as product_layer
 from ..layers import delta_rule as delta_layer
 from .bench_cases import transformers_delta_rule
 from .demo_model import LanguageModel
@@ -48,6 +49,16 @@ def chunked_delta_rule(
     return o * K**-0.5, S
 
 
+def product_by(function, q, k, v, beta, g, state, num_householder: int) -> tuple[Tensor, Tensor]:
+    """DeltaProduct through a `function` for the delta rule, as one writes it without a kernel (arXiv 2502.10297): a
+    token per micro-step, the gate on a token's first, the query on its last, the other outputs thrown away."""
+    n = num_householder
+    q = F.pad(q[:, :, None], (0, 0, 0, 0, n - 1, 0)).flatten(1, 2)
+    g = F.pad(g[:, :, None], (0, 0, 0, n - 1)).flatten(1, 2)
+    o, state = function(q, k, v, beta, g, state)
+    return o[:, n - 1 :: n], state
+
+
 def _own(q, k, v, beta, g, state):
     q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
     return chunked_delta_rule(q, k, v, beta, g, state)
@@ -74,13 +85,21 @@ def _layers_on(function) -> Iterator[None]:
         g = torch.zeros_like(beta) if g is None else g
         return function(q, k, v, beta, g, initial_state)
 
+    def product(q, k, v, beta, g=None, *, num_householder, initial_state, **_):
+        g = beta.new_zeros(*q.shape[:2], beta.shape[2]) if g is None else g
+        return product_by(function, q, k, v, beta, g, initial_state, num_householder)
+
     def conv(x, weight, bias=None, *, initial_state=None, output_final_state=False, activation=None, **_):
         state = x.new_zeros(*x.shape[:2], weight.shape[1] - 1) if initial_state is None else initial_state
         x = torch.cat([state, x], -1)
         y = F.conv1d(x, weight[:, None], bias, groups=x.shape[1])
         return (F.silu(y) if activation else y), x[..., 1 - weight.shape[1] :]
 
-    with mock.patch.object(delta_layer, "delta_rule", delta), mock.patch.object(conv_layer, "causal_conv1d", conv):
+    with (
+        mock.patch.object(delta_layer, "delta_rule", delta),
+        mock.patch.object(product_layer, "delta_product", product),
+        mock.patch.object(conv_layer, "causal_conv1d", conv),
+    ):
         yield
 
 

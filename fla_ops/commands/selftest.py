@@ -46,6 +46,24 @@ def _delta_rule() -> Case:
     return Case(x, ("q", "k", "v"), {"qk_l2norm": True}, step)
 
 
+def _delta_product() -> Case:
+    B, T, n, H, HV, K, V = 2, 24, 3, 2, 4, 20, 36
+    x = {"q": torch.randn(B, T, H, K), "k": torch.randn(B, T * n, H, K), "v": torch.randn(B, T * n, HV, V)}
+    x |= {"beta": 2 * torch.rand(B, T * n, HV), "g": F.logsigmoid(torch.randn(B, T, HV) + 2)}
+    x |= {"initial_state": torch.randn(B, HV, K, V)}
+
+    def step(inputs: Tensors, state: torch.Tensor, options: dict, backend: str) -> torch.Tensor:
+        def token(i: int) -> Tensors:
+            return {name: t[:, i] if t.shape[1] == T else t[:, i * n : i * n + n] for name, t in inputs.items()}
+
+        options = {name: value for name, value in options.items() if name != "num_householder"}
+        return torch.stack(
+            [fla_ops.delta_product_step(**token(i), state=state, backend=backend, **options) for i in range(T)], 1
+        )
+
+    return Case(x, ("q", "k", "v"), {"qk_l2norm": True, "num_householder": n}, step)
+
+
 def _causal_conv1d() -> Case:
     B, D, L, W = 2, 37, 70, 4
     x = {"x": torch.randn(B, D, L), "weight": torch.randn(D, W), "bias": torch.randn(D)}
@@ -61,7 +79,7 @@ def _causal_conv1d() -> Case:
     return Case(x, ("x",), {"activation": "silu"}, step)
 
 
-CASES = {"delta_rule": _delta_rule, "causal_conv1d": _causal_conv1d}
+CASES = {"delta_rule": _delta_rule, "delta_product": _delta_product, "causal_conv1d": _causal_conv1d}
 
 
 def _cast(case: Case, dtype: torch.dtype, device: str) -> Tensors:

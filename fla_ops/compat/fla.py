@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fla-core 0.6 (`fla.ops.delta_rule`, `fla.ops.gated_delta_rule`, `fla.modules.causal_conv1d`) on fla_ops.
+"""fla-core 0.6 (`fla.ops.{delta_rule,gated_delta_rule,gated_delta_product}`, `fla.modules.causal_conv1d`) on fla_ops.
 
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule    # before
     from fla_ops.compat.fla import chunk_gated_delta_rule          # after
 
 Names, order and defaults of the arguments are fla's. What differs: CPU tensors, float32 and float64 work everywhere;
-every function has a backward; value heads may be grouped in the plain rule too; the chunk size is ours whatever is
-asked for; an unknown keyword is a TypeError where fla ignores it.
+every function has a backward; value heads may be grouped in the plain rule and in DeltaProduct too; the chunk size is
+ours whatever is asked for; an unknown keyword is a TypeError where fla ignores it.
 """
 
 import warnings
@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from .. import _checks
 from .._backend import warn_reference
 from ..causal_conv1d import causal_conv1d as _causal_conv1d
-from ..delta_rule import _check as check_tokens
-from ..delta_rule import delta_rule
+from ..delta_product import delta_product
+from ..delta_rule import check_tokens, delta_rule
 from ..layers._gates import decay_gate
 from ..reference.delta_rule_general import delta_rule_general
 from . import _conv_cache
@@ -187,6 +187,46 @@ def fused_recurrent_gated_delta_rule(
         qk_l2norm=use_qk_l2norm_in_kernel,
         cu_seqlens=cu_seqlens,
         state_v_first=_state_v_first(op, state_v_first, transpose_state_layout),
+    )
+
+
+def chunk_gated_delta_product(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None,
+    beta: torch.Tensor,
+    num_householder: int,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens_cpu: torch.Tensor | None = None,
+    cp_context: object = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """DeltaProduct (`fla_ops.delta_product`): (o `[B, T, HV, V]`, final state `[N, HV, K, V]` in float32, or None).
+
+    q `[B, T, H, K]`, k `[B, T * n, H, K]`, v `[B, T * n, HV, V]`, beta `[B, T * n, HV]`, with the n = num_householder
+    micro-steps of a token behind one another. g `[B, T, HV]` is the natural-log decay; None stands for none. cu_seqlens
+    counts tokens. `cu_seqlens_cpu` is not needed and ignored; context parallelism is not supported:
+    NotImplementedError unless `cp_context` is None.
+    """
+    _refuse_context_parallel("chunk_gated_delta_product", cp_context)
+    return tuple(
+        delta_product(
+            q,
+            k,
+            v,
+            _side(beta, q),
+            _side(g, q),
+            num_householder=num_householder,
+            scale=scale,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            cu_seqlens=cu_seqlens,
+            qk_l2norm=use_qk_l2norm_in_kernel,
+        )
     )
 
 

@@ -2,6 +2,7 @@
 """The families as `nn.Module`s."""
 
 from ._state import LayerOutput, LayerState
+from .delta_product import GatedDeltaProduct
 from .delta_rule import DeltaNet, GatedDeltaNet
 
-__all__ = ["DeltaNet", "GatedDeltaNet", "LayerOutput", "LayerState"]
+__all__ = ["DeltaNet", "GatedDeltaNet", "GatedDeltaProduct", "LayerOutput", "LayerState"]

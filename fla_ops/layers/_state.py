@@ -12,7 +12,7 @@ class LayerState(NamedTuple):
     Attributes:
         conv: the last W - 1 inputs of the short convolutions, oldest first, `[N, channels, W - 1]`, channels in
             projection order (q, k, v). None for a layer without short convolution.
-        recurrent: the recurrence's state, `[N, HV, K, V]` for the delta rule.
+        recurrent: the recurrence's state, `[N, HV, K, V]` for the delta rule and DeltaProduct.
 
     Both are float32 (float64 for a float64 layer) unless converted. `layer.step` writes them in place;
     `layer(..., return_state=True)` returns new ones and never modifies those it was given.

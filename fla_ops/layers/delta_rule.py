@@ -1,65 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """DeltaNet and Gated DeltaNet as drop-in layers; parameters are named and shaped as flash-linear-attention's."""
 
-import math
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from .. import _checks
 from ..delta_rule import delta_rule, delta_rule_step
-from ._gates import decay_gate, reset_decay_
-from ._qkv import QKVMixer
-from ._state import LayerState
+from ._delta import DeltaMixer, GatedDeltaMixer, whole
 
 
-class _DeltaRuleMixer(QKVMixer):
-    """Runs the delta rule between the projections; a family says what beta, g and the options are."""
+class _DeltaRuleMixer(DeltaMixer):
+    """The op is the delta rule."""
 
-    qk_l2norm = True
+    def _op(self, q, k, v, beta, g, **options):
+        return delta_rule(q, k, v, beta, g, **options)
 
-    def _gates(self, x: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(beta, g) `[..., HV]`, g None without decay."""
-        raise NotImplementedError
-
-    def _sequence(self, x, cu_seqlens, state, return_state):
-        (q, k, v), conv = self._qkv(x, None if state is None else state.conv, cu_seqlens, return_state)
-        q, k = self._normalise(q, k)
-        o, recurrent = delta_rule(
-            q,
-            k,
-            v,
-            *self._gates(x, q),
-            initial_state=None if state is None else state.recurrent,
-            output_final_state=return_state,
-            cu_seqlens=cu_seqlens,
-            qk_l2norm=self.qk_l2norm,
-            backend=self.backend,
-        )
-        return self._output(o, x), LayerState(conv, recurrent) if return_state else None
-
-    def _token(self, x, state):
-        (q, k, v), _ = self._qkv(x, state.conv)
-        q, k = self._normalise(q, k)
-        options = {"qk_l2norm": self.qk_l2norm, "backend": self.backend}
-        o = delta_rule_step(q, k, v, *self._gates(x, q), state=state.recurrent, **options)
-        return self._output(o, x)
-
-    def _normalise(self, q, k):
-        """q and k as they enter the op, which does the l2 norm itself."""
-        return q, k
-
-    def _state_sizes(self):
-        sizes = {"HV": self.num_v_heads, "K": self.head_k_dim, "V": self.head_v_dim}
-        return self._conv_sizes(), sizes
-
-
-def _whole(op: str, name: str, size: float, what: str) -> int:
-    """`size` as an integer if it is one, up to rounding."""
-    if round(size) < 1 or not math.isclose(size, round(size), rel_tol=1e-5):
-        raise _checks.bad(ValueError, op, name, f"such that {what} is a positive integer", size)
-    return round(size)
+    def _op_step(self, q, k, v, beta, g, **options):
+        return delta_rule_step(q, k, v, beta, g, **options)
 
 
 class DeltaNet(_DeltaRuleMixer):
@@ -129,8 +87,8 @@ class DeltaNet(_DeltaRuleMixer):
         op = type(self).__name__
         if qk_norm not in ("l2", "sum"):
             raise _checks.bad(ValueError, op, "qk_norm", "'l2' or 'sum'", repr(qk_norm))
-        key_dim = _whole(op, "expand_k", hidden_size * expand_k, "hidden_size * expand_k")
-        value_dim = _whole(op, "expand_v", hidden_size * expand_v, "hidden_size * expand_v")
+        key_dim = whole(op, "expand_k", hidden_size * expand_k, "hidden_size * expand_k")
+        value_dim = whole(op, "expand_v", hidden_size * expand_v, "hidden_size * expand_v")
         for name, dim in (("key", key_dim), ("value", value_dim)):
             if num_heads < 1 or dim % num_heads:
                 raise _checks.bad(ValueError, op, "num_heads", f"a divisor of the {name} width {dim}", num_heads)
@@ -167,7 +125,7 @@ class DeltaNet(_DeltaRuleMixer):
         return q, k
 
 
-class GatedDeltaNet(_DeltaRuleMixer):
+class GatedDeltaNet(_DeltaRuleMixer, GatedDeltaMixer):
     r"""Gated DeltaNet (arXiv 2412.06464): the delta rule on a state that decays first.
 
     Per value head, with q, k = l2norm(silu(conv(W x))) and v = silu(conv(W x)):
@@ -213,8 +171,6 @@ class GatedDeltaNet(_DeltaRuleMixer):
         True
     """
 
-    undecayed = ("A_log", "dt_bias")
-
     def __init__(
         self,
         hidden_size: int = 2048,
@@ -235,48 +191,21 @@ class GatedDeltaNet(_DeltaRuleMixer):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        op = type(self).__name__
-        num_v_heads = num_heads if num_v_heads is None else num_v_heads
-        if num_heads < 1 or num_v_heads < 1 or num_v_heads % num_heads:
-            raise _checks.bad(ValueError, op, "num_v_heads", f"a multiple of num_heads={num_heads}", num_v_heads)
-        head_v_dim = _whole(op, "expand_v", head_dim * expand_v, "head_dim * expand_v")
-        key_dim, value_dim = num_heads * head_dim, num_v_heads * head_v_dim
-        self.num_heads, self.num_v_heads = num_heads, num_v_heads
-        self.allow_neg_eigval = allow_neg_eigval
-        self._build(
+        self._build_gated(
             hidden_size=hidden_size,
-            qkv_dims=(key_dim, key_dim, value_dim),
-            head_k_dim=head_dim,
-            head_v_dim=head_v_dim,
-            value_dim=value_dim,
+            expand_v=expand_v,
+            head_dim=head_dim,
+            num_heads=num_heads,
+            num_v_heads=num_v_heads,
+            use_forget_gate=True,
+            allow_neg_eigval=allow_neg_eigval,
             use_gate=use_gate,
             use_short_conv=use_short_conv,
             conv_size=conv_size,
             conv_bias=conv_bias,
-            qk_activation="silu",
             norm_eps=norm_eps,
             gate_activation=output_gate_activation,
             backend=backend,
             device=device,
             dtype=dtype,
         )
-        where = {"device": device, "dtype": dtype}
-        self.a_proj = nn.Linear(hidden_size, num_v_heads, bias=False, **where)
-        self.b_proj = nn.Linear(hidden_size, num_v_heads, bias=False, **where)
-        self.A_log = nn.Parameter(torch.empty(num_v_heads, **where))
-        self.dt_bias = nn.Parameter(torch.empty(num_v_heads, **where))
-        reset_decay_(self.A_log, self.dt_bias)
-
-    def reset_parameters(self) -> None:
-        """Initialise every parameter, as the constructor does; also after `to_empty`.
-
-        Linears and convolutions as torch's own; rates exp(A_log) uniform in (0, 16); softplus(dt_bias) log-uniform in
-        (0.001, 0.1).
-        """
-        super().reset_parameters()
-        reset_decay_(self.A_log, self.dt_bias)
-
-    def _gates(self, x, q):
-        beta = self.b_proj(x).sigmoid()
-        g = decay_gate(self.a_proj(x), self.A_log, self.dt_bias)
-        return (beta * 2 if self.allow_neg_eigval else beta), g
