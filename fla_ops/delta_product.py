@@ -12,6 +12,7 @@ from ._backend import Backend, resolve
 from .delta_rule import check_tokens, delta_rule, delta_rule_step
 
 _BACKENDS = (
+    Backend("triton", "fla_ops.kernels.delta_product", ("cuda",), on_request=("cpu",), switch="TRITON_INTERPRET"),
     Backend("native", "fla_ops._native.delta_product", devices=("cpu", "cuda")),
     Backend("reference", "fla_ops.reference.delta_product"),
 )
@@ -34,6 +35,7 @@ class _DeltaProduct(torch.autograd.Function):
         ctx.options = {"num_householder": num_householder, "scale": scale, "qk_l2norm": qk_l2norm}
         o, final_state, states = impl.forward(*inputs, **ctx.options, save_states=save)
         if save:
+            ctx.set_materialize_grads(False)
             ctx.save_for_backward(*inputs, states)
             ctx.impl = impl
         return o, final_state
@@ -42,6 +44,9 @@ class _DeltaProduct(torch.autograd.Function):
     @first_order_only("delta_product")
     def backward(ctx, do, dfinal_state):
         needs = ctx.needs_input_grad[:6]
+        if do is None:  # only the final state was used
+            q, _, v = ctx.saved_tensors[:3]
+            do = v.new_zeros(*q.shape[:2], *v.shape[2:])
         grads = ctx.impl.backward(*ctx.saved_tensors, do, dfinal_state, **ctx.options, needs=needs)
         return *grads, None, None, None, None, None, None
 
@@ -89,7 +94,7 @@ def delta_product(
         cu_seqlens: int32 or int64 `[N + 1]`, the boundaries of N packed sequences from 0 to T, counted in tokens, not
             in micro-steps; needs B = 1. Sequences may be empty.
         qk_l2norm: replace q and k by `x / sqrt(sum x^2 + 1e-6)`.
-        backend: "auto", "native" or "reference"; a named one runs or raises.
+        backend: "auto", "triton", "native" or "reference"; a named one runs or raises.
 
     Returns:
         `(o, final_state)`: o `[B, T, HV, V]` in q's dtype; final_state `[N, HV, K, V]` in float32 (float64 for

@@ -139,6 +139,39 @@ def load_tile(source, first, rows, stride, columns, BT: tl.constexpr, BD: tl.con
 
 
 @triton.jit
+def load_tokens(
+    source, first, rows, stride, columns, BT: tl.constexpr, BD: tl.constexpr, STEPS: tl.constexpr, TMA: tl.constexpr
+):
+    """`load_tile` of a tensor whose row t is that of the last of token t's STEPS rows; the others are zero.
+
+    DeltaProduct's queries: they have a row a token where keys and values have STEPS.
+    """
+    if STEPS == 1:
+        return load_tile(source, first, rows, stride, columns, BT, BD, TMA)
+    else:
+        row = first + tl.arange(0, BT)
+        column = tl.arange(0, BD)
+        at = (row // STEPS).to(tl.int64)[:, None] * stride + column[None, :]
+        mask = ((row < rows) & (row % STEPS == STEPS - 1))[:, None] & (column < columns)[None, :]
+        return tl.load(source + at, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tokens(
+    target, x, first, rows, stride, columns, BT: tl.constexpr, BD: tl.constexpr, STEPS: tl.constexpr, TMA: tl.constexpr
+):
+    """`store_tile` of the rows that `load_tokens` reads."""
+    if STEPS == 1:
+        store_tile(target, x, first, rows, stride, columns, BT, BD, TMA)
+    else:
+        row = tl.arange(0, BT)
+        column = tl.arange(0, BD)
+        at = ((first + row) // STEPS).to(tl.int64)[:, None] * stride + column[None, :]
+        mask = ((row < rows) & ((first + row) % STEPS == STEPS - 1))[:, None] & (column < columns)[None, :]
+        tl.store(target + at, x, mask=mask)
+
+
+@triton.jit
 def vector_source(base, size, BT: tl.constexpr, TMA: tl.constexpr):
     """What `load_vector` reads runs of BT elements from: a tensor descriptor of `size` elements, or a pointer."""
     if TMA:

@@ -38,19 +38,20 @@ from ._tiles import (
     first_of,
     load_state,
     load_tile,
+    load_tokens,
     load_vector,
     not_finite,
     segment_of_slot,
     sequence_bounds,
     spread,
     store_state,
-    store_tile,
+    store_tokens,
     tile_source,
     vector_source,
     zero_rows,
 )
 from .delta_rule_backward import backward  # noqa: F401 - this module offers it
-from .delta_rule_prepare import alignment, chunk_slots, padded, padded_sizes, power_of_two, prepare, wider
+from .delta_rule_prepare import alignment, chunk_slots, in_rows, padded, padded_sizes, power_of_two, prepare, wider
 
 MAX_HEAD_DIM = 256
 
@@ -79,6 +80,7 @@ def _walk(
     DTYPE: tl.constexpr,  # of the products' operands
     K: tl.constexpr,
     V: tl.constexpr,
+    STEPS: tl.constexpr,  # rows of k and v for one of q and o
     ROWS: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
@@ -123,7 +125,7 @@ def _walk(
         else:
             X = dot(cast(R, DTYPE), M_tile, R, PRECISION)
         if OUTPUT:
-            q_tile = load_tile(q, token, length, q_t, K, BT, BK, TMA)
+            q_tile = load_tokens(q, token, length, q_t, K, BT, BK, STEPS, TMA)
             P_tile = load_tile(P, chunk * HV * BT, last * HV * BT, BT, BT, BT, BT, OWN_TMA)
             O = dot(low, tl.trans(q_tile), None, PRECISION) * load_vector(factors, line + BT, BT, OWN_TMA)[None, :]
             if CAREFUL:
@@ -133,7 +135,8 @@ def _walk(
             else:
                 O = dot(cast(X, DTYPE), P_tile, O, PRECISION)
             O = tl.trans(cast(O, DTYPE))
-            store_tile(o, O, token, tl.minimum(length - token, ROWS), HV * V, columns, BT, BV, TMA and ROWS == BT)
+            live = tl.minimum(length - token, ROWS)
+            store_tokens(o, O, token, live, HV * V, columns, BT, BV, STEPS, TMA and ROWS == BT)
         c = load_vector(factors, line + 2 * BT, BT, OWN_TMA)
         S = dot(cast(X * c[None, :], DTYPE), k_tile, S * whole, PRECISION)
     return S
@@ -183,6 +186,7 @@ def forward_kernel(
     entry_k,
     K: tl.constexpr,
     V: tl.constexpr,
+    STEPS: tl.constexpr,  # rows of k and v for one of q and o: T and cu_seqlens count the former
     ROWS: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
@@ -208,19 +212,20 @@ def forward_kernel(
         return
 
     columns = V - block * BV
-    o += (batch * T * HV + head) * V + block * BV
+    o += (batch * (T // STEPS) * HV + head) * V + block * BV
     if cu_seqlens is not None:  # rows that no sequence covers
         if (n == 0) & (segment == 0):
-            zero_rows(o, 0, start, HV * V, columns, BT, BV)
+            zero_rows(o, 0, start // STEPS, HV * V, columns, BT, BV)
         if (n == N - 1) & (last == chunks):
-            zero_rows(o, start + length, T, HV * V, columns, BT, BV)
-    o_target = tile_source(o + start * (HV * V), length, HV * V, columns, BT, BV, TMA and ROWS == BT)
-    q += tl.multiple_of(batch * q_b, ALIGN) + start * q_t + (head // group) * q_h
+            zero_rows(o, (start + length) // STEPS, T // STEPS, HV * V, columns, BT, BV)
+    whole: tl.constexpr = TMA and ROWS == BT and STEPS == 1
+    o_target = tile_source(o + start // STEPS * (HV * V), length, HV * V, columns, BT, BV, whole)
+    q += tl.multiple_of(batch * q_b, ALIGN) + start // STEPS * q_t + (head // group) * q_h
     k += tl.multiple_of(batch * k_b, ALIGN) + start * k_t + (head // group) * k_h
     v += tl.multiple_of(batch * v_b, ALIGN) + start * v_t + head * v_h + block * BV
     at = first_of(cu_seqlens, n, start, T, ROWS) * HV + head
     decay += at
-    q_source = tile_source(q, length, q_t, K, BT, BK, TMA)
+    q_source = tile_source(q, length, q_t, K, BT, BK, TMA and STEPS == 1)
     k_source = tile_source(k, length, k_t, K, BT, BK, TMA)
     v_source = tile_source(v, length, v_t, columns, BT, BV, TMA)
     factor_source = vector_source(factors + at * (4 * BT), chunks * HV * (4 * BT), BT, OWN_TMA)
@@ -255,6 +260,7 @@ def forward_kernel(
         M.dtype.element_ty,
         K,
         V,
+        STEPS,
         ROWS,
         BT,
         BK,
@@ -294,6 +300,7 @@ def forward_kernel(
             M.dtype.element_ty,
             K,
             V,
+            STEPS,
             ROWS,
             BT,
             BK,
@@ -389,6 +396,7 @@ def map_kernel(
         M.dtype.element_ty,
         K,
         V,
+        1,
         ROWS,
         BT,
         BK,
@@ -469,9 +477,9 @@ def chain_kernel(
 @triton.jit(do_not_specialize=["scale", "slots", "q_b", "k_b", "v_b", "beta_b", "g_b"])
 def step_kernel(
     q,  # [B, H, K]
-    k,  # [B, H, K]
-    v,  # [B, HV, V]
-    beta,  # [B, HV]
+    k,  # [B, STEPS, H, K]
+    v,  # [B, STEPS, HV, V]
+    beta,  # [B, STEPS, HV]
     g,  # [B, HV] or None
     o,  # [B, HV, V]
     state,  # [slots, HV, K, V], written in place
@@ -483,12 +491,15 @@ def step_kernel(
     q_h,
     q_d,
     k_b,
+    k_n,
     k_h,
     k_d,
     v_b,
+    v_n,
     v_h,
     v_d,
     beta_b,
+    beta_n,
     beta_h,
     g_b,
     g_h,
@@ -498,6 +509,7 @@ def step_kernel(
     state_v,
     K: tl.constexpr,
     V: tl.constexpr,
+    STEPS: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
     QK_L2NORM: tl.constexpr,
@@ -519,16 +531,21 @@ def step_kernel(
     mask = (key < K)[:, None] & (column < V)[None, :]
     S = tl.load(state + at, mask=mask, other=0.0).to(compute)
     q_row = tl.load(q + batch * q_b + (head // group) * q_h + key * q_d, mask=key < K, other=0.0).to(compute)
-    k_row = tl.load(k + batch * k_b + (head // group) * k_h + key * k_d, mask=key < K, other=0.0).to(compute)
-    v_row = tl.load(v + batch * v_b + head * v_h + column * v_d, mask=column < V, other=0.0).to(compute)
-    rate = tl.load(beta + batch * beta_b + head * beta_h).to(compute)
     if QK_L2NORM:
         q_row = q_row / tl.sqrt(tl.sum(q_row * q_row, 0) + 1e-6)
-        k_row = k_row / tl.sqrt(tl.sum(k_row * k_row, 0) + 1e-6)
     if g is not None:
         S = S * tl.exp(tl.load(g + batch * g_b + head * g_h).to(compute))
-    u = rate * (v_row - tl.sum(S * k_row[:, None], 0))
-    S = S + k_row[:, None] * u[None, :]
+    k += batch * k_b + (head // group) * k_h + key * k_d
+    v += batch * v_b + head * v_h + column * v_d
+    beta += batch * beta_b + head * beta_h
+    for step in tl.static_range(STEPS):
+        k_row = tl.load(k + step * k_n, mask=key < K, other=0.0).to(compute)
+        v_row = tl.load(v + step * v_n, mask=column < V, other=0.0).to(compute)
+        rate = tl.load(beta + step * beta_n).to(compute)
+        if QK_L2NORM:
+            k_row = k_row / tl.sqrt(tl.sum(k_row * k_row, 0) + 1e-6)
+        u = rate * (v_row - tl.sum(S * k_row[:, None], 0))
+        S = S + k_row[:, None] * u[None, :]
     tl.store(o, cast(scale * tl.sum(S * q_row[:, None], 0), o.dtype.element_ty), mask=column < V)
     tl.store(state + at, cast(S, state.dtype.element_ty), mask=mask)
 
@@ -564,17 +581,17 @@ def _segment_chunks(chunks: int, programs: int, N: int, x: torch.Tensor) -> int 
     return cdiv(length, CHECKPOINT) * CHECKPOINT if 4 * length * N <= chunks else None
 
 
-def _results(q, k, v, beta, g, initial_state, cu_seqlens, *, scale, qk_l2norm, save_states, rows=None):
+def _results(q, k, v, beta, g, initial_state, cu_seqlens, *, scale, qk_l2norm, save_states, rows=None, steps=1):
     """What `forward` returns, not written."""
     B, T, _, K = q.shape
     HV, V = v.shape[2:]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     compute = torch.promote_types(q.dtype, torch.float32)
     wide = wider(q, v)
-    rows = rows or delta_rule_forward_config(K, V, wide or q.dtype, arch()).BT
+    rows = rows or delta_rule_forward_config(K, V, wide or q.dtype, arch()).BT // steps * steps
     o = torch.empty(B, T, HV, V, dtype=v.dtype, device=v.device)
     final = torch.empty(N, HV, K, V, dtype=compute, device=v.device)
-    saved = chunk_slots(B, T, cu_seqlens, rows * CHECKPOINT)
+    saved = chunk_slots(B, T * steps, cu_seqlens, rows * CHECKPOINT)
     sizes = (K, V) if wide else padded_sizes(q, v)
     states = torch.empty((saved, HV, *sizes) if save_states else 0, dtype=wide or compute, device=v.device)
     return o, final, states
@@ -582,18 +599,22 @@ def _results(q, k, v, beta, g, initial_state, cu_seqlens, *, scale, qk_l2norm, s
 
 @operator(
     "delta_rule_forward(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor? initial_state, "
-    "Tensor? cu_seqlens, *, float scale, bool qk_l2norm, bool save_states, int? rows=None) -> Tensor[]",
+    "Tensor? cu_seqlens, *, float scale, bool qk_l2norm, bool save_states, int? rows=None, int steps=1) -> Tensor[]",
     _results,
 )
-def forward(q, k, v, beta, g, initial_state, cu_seqlens, *, scale, qk_l2norm, save_states, rows=None):
+def forward(q, k, v, beta, g, initial_state, cu_seqlens, *, scale, qk_l2norm, save_states, rows=None, steps=1):
     """(o, final_state, states): `states` enter every CHECKPOINT-th chunk, for `backward`; empty unless asked for.
 
-    `rows`: the live rows of a chunk, all by default.
+    `rows`: the live rows of a chunk, by default as many whole tokens as it holds. `steps`: DeltaProduct's rows of k, v
+    and beta for one of q and g, which is what cu_seqlens counts.
     """
+    options = {"scale": scale, "qk_l2norm": qk_l2norm, "save_states": save_states, "rows": rows, "steps": steps}
     wide = wider(q, v)
     if wide:
         inputs = (q.to(wide), k.to(wide), v.to(wide), beta, g, initial_state, cu_seqlens)
-        o, final, states = forward(*inputs, scale=scale, qk_l2norm=qk_l2norm, save_states=save_states, rows=rows)
+        o, final, states = forward(
+            *inputs, scale=scale, qk_l2norm=qk_l2norm, save_states=save_states, rows=rows, steps=steps
+        )
         return o.to(v.dtype), final.float(), states
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
@@ -601,19 +622,23 @@ def forward(q, k, v, beta, g, initial_state, cu_seqlens, *, scale, qk_l2norm, sa
     if sizes != (K, V):
         Kp, Vp = sizes
         inputs = (padded(q, Kp), padded(k, Kp), padded(v, Vp), beta, g, padded(initial_state, Kp, Vp), cu_seqlens)
-        o, final, states = forward(*inputs, scale=scale, qk_l2norm=qk_l2norm, save_states=save_states, rows=rows)
+        o, final, states = forward(
+            *inputs, scale=scale, qk_l2norm=qk_l2norm, save_states=save_states, rows=rows, steps=steps
+        )
         return o[..., :V].contiguous(), final[..., :K, :V].contiguous(), states
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     config = delta_rule_forward_config(K, V, q.dtype, arch())
-    BT, BV, rows = config.BT, config.BV, rows or config.BT
-    options = {"scale": scale, "qk_l2norm": qk_l2norm, "save_states": save_states, "rows": rows}
+    BT, BV, rows = config.BT, config.BV, rows or config.BT // steps * steps
+    options["rows"] = rows
     o, final, states = _results(q, k, v, beta, g, initial_state, cu_seqlens, **options)
     q, k, v, initial_state = _rows(q, k, v, initial_state)
     compute = final.dtype
     if N == 0:
         return o.zero_(), final, states
 
-    options = {"scale": scale, "qk_l2norm": qk_l2norm, "forward": True, "BT": BT, "rows": rows}
+    T *= steps
+    cu_seqlens = in_rows(cu_seqlens, steps)
+    options = {"scale": scale, "qk_l2norm": qk_l2norm, "forward": True, "BT": BT, "rows": rows, "steps": steps}
     M, P, factors, decay, _, _ = prepare(q, k, beta, g, cu_seqlens, **options)
     align = alignment(q, k, v)
     tma = config.tma and align > 1 and all(x.data_ptr() % 16 == 0 for x in (q, k, v))
@@ -638,7 +663,8 @@ def forward(q, k, v, beta, g, initial_state, cu_seqlens, *, scale, qk_l2norm, sa
             q, k, v, M, P, factors, decay, o, entry, final, states if save_states else None, *lengths, HV // H,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *((0, 0, 0) if entry is None else entry.stride()[:3]),
         )  # fmt: skip
-        constants = constexprs(**sizes, SPLIT=segment is not None, CHECKPOINT=CHECKPOINT if save_states else 0, **walk)
+        saved = CHECKPOINT if save_states else 0
+        constants = constexprs(**sizes, STEPS=steps, SPLIT=segment is not None, CHECKPOINT=saved, **walk)
         launch(forward_kernel, (slots * blocks, HV), args, constants)
     return o, final, states
 
@@ -665,7 +691,7 @@ def _entries(k, v, M, factors, decay, initial_state, lengths, slots, sizes, walk
 
 
 def _step_result(q, k, v, *_, **__):
-    return torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    return torch.empty(v.shape[0], *v.shape[-2:], dtype=v.dtype, device=v.device)
 
 
 @operator(
@@ -674,9 +700,12 @@ def _step_result(q, k, v, *_, **__):
     _step_result,
 )
 def step(q, k, v, beta, g, *, state, scale, qk_l2norm, state_indices):
-    """o; `state` is written in place."""
+    """o; `state` is written in place. DeltaProduct's k, v and beta have a second axis, of their rows for one of q."""
     B, H, K = q.shape
-    HV, V = v.shape[1:]
+    steps = k.shape[1] if k.dim() == 4 else 1
+    if k.dim() == 3:
+        k, v, beta = k[:, None], v[:, None], beta[:, None]
+    HV, V = v.shape[2:]
     config = delta_rule_step_config(K, V, q.dtype, arch())
     o = _step_result(q, k, v)
     if B:
@@ -685,6 +714,8 @@ def step(q, k, v, beta, g, *, state, scale, qk_l2norm, state_indices):
                 q, k, v, beta, g, o, state, state_indices, scale, state.shape[0], HV // H, *q.stride(), *k.stride(),
                 *v.stride(), *beta.stride(), *((0, 0) if g is None else g.stride()), *state.stride(),
             )  # fmt: skip
-            constants = constexprs(K=K, V=V, BK=power_of_two(K), BV=config.BV, QK_L2NORM=qk_l2norm, **config.options)
+            constants = constexprs(
+                K=K, V=V, STEPS=steps, BK=power_of_two(K), BV=config.BV, QK_L2NORM=qk_l2norm, **config.options
+            )
             launch(step_kernel, (B, HV, cdiv(V, config.BV)), args, constants)
     return o

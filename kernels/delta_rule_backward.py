@@ -40,6 +40,7 @@ from ._tiles import (
     first_of,
     load_state,
     load_tile,
+    load_tokens,
     load_vector,
     not_finite,
     segment_of_slot,
@@ -51,7 +52,7 @@ from ._tiles import (
     zero_rows,
 )
 from .delta_rule_gradients import row_gradients_kernel, score_gradients_kernel
-from .delta_rule_prepare import alignment, chunk_slots, padded, padded_sizes, power_of_two, prepare, wider
+from .delta_rule_prepare import alignment, chunk_slots, in_rows, padded, padded_sizes, power_of_two, prepare, wider
 
 
 @triton.jit
@@ -187,6 +188,7 @@ def _walk_back(
     columns,  # live value columns of this block
     K: tl.constexpr,
     V: tl.constexpr,
+    STEPS: tl.constexpr,  # rows of k and v for one of q and do
     ROWS: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
@@ -208,9 +210,9 @@ def _walk_back(
         chunk = last - 1 - back
         token = chunk * ROWS
         end = tl.minimum(length, token + ROWS)
-        q_tile = load_tile(q, token, end, q_t, K, BT, BK, TMA)
+        q_tile = load_tokens(q, token, end, q_t, K, BT, BK, STEPS, TMA)
         k_tile = load_tile(k, token, end, k_t, K, BT, BK, TMA)
-        do_tile = load_tile(do, token, end, do_t, columns, BT, BV, TMA)
+        do_tile = load_tokens(do, token, end, do_t, columns, BT, BV, STEPS, TMA)
         M_tile = load_tile(M, chunk * HV * BT, last * HV * BT, BT, BT, BT, BT, OWN_TMA)
         P_tile = load_tile(P, chunk * HV * BT, last * HV * BT, BT, BT, BT, BT, OWN_TMA)
         line = chunk * HV * (4 * BT)
@@ -266,9 +268,9 @@ def _zero_or(
 @triton.jit
 def _reverse(
     item, head, HV, q, k, do, M, P, factors, decay, dfinal_state, dv, dR, dS, dinitial_state, cu_seqlens, T, N, group,
-    q_b, q_t, q_h, k_b, k_t, k_h, do_b, do_t, do_h, K: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, ALIGN: tl.constexpr, STAGES: tl.constexpr,
-    TMA: tl.constexpr, OWN_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    q_b, q_t, q_h, k_b, k_t, k_h, do_b, do_t, do_h, K: tl.constexpr, V: tl.constexpr, STEPS: tl.constexpr,
+    ROWS: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, ALIGN: tl.constexpr,
+    STAGES: tl.constexpr, TMA: tl.constexpr, OWN_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One sequence, for a block of value columns. Arguments as in `walks_kernel`."""
     blocks: tl.constexpr = (V + BV - 1) // BV
@@ -278,13 +280,13 @@ def _reverse(
     columns = V - block * BV
     own = tl.cast(block * BV, tl.int64)  # its first column
     at = first_of(cu_seqlens, n, start, T, ROWS) * HV + head
-    q += tl.multiple_of(batch * q_b, ALIGN) + start * q_t + (head // group) * q_h
+    q += tl.multiple_of(batch * q_b, ALIGN) + start // STEPS * q_t + (head // group) * q_h
     k += tl.multiple_of(batch * k_b, ALIGN) + start * k_t + (head // group) * k_h
-    do += tl.multiple_of(batch * do_b, ALIGN) + start * do_t + head * do_h + block * BV
+    do += tl.multiple_of(batch * do_b, ALIGN) + start // STEPS * do_t + head * do_h + block * BV
     decay += at
-    q_source = tile_source(q, length, q_t, K, BT, BK, TMA)
+    q_source = tile_source(q, length, q_t, K, BT, BK, TMA and STEPS == 1)
     k_source = tile_source(k, length, k_t, K, BT, BK, TMA)
-    do_source = tile_source(do, length, do_t, columns, BT, BV, TMA)
+    do_source = tile_source(do, length, do_t, columns, BT, BV, TMA and STEPS == 1)
     factor_source = vector_source(factors + at * (4 * BT), chunks * HV * (4 * BT), BT, OWN_TMA)
     M_source = tile_source(M + at * (BT * BT), chunks * HV * BT, BT, BT, BT, BT, OWN_TMA)
     P_source = tile_source(P + at * (BT * BT), chunks * HV * BT, BT, BT, BT, BT, OWN_TMA)
@@ -304,13 +306,15 @@ def _reverse(
     ds = _zero_or(dfinal_state, n, head, HV, block, columns, K, V, BK, BV, factors.dtype.element_ty)
     ds = _walk_back(
         ds, q_source, k_source, do_source, M_source, P_source, factor_source, decay, dv, dR, dS, 0, chunks, length, q_t,
-        k_t, do_t, HV, columns, K, V, ROWS, BT, BK, BV, k.dtype.element_ty, False, STAGES, TMA, OWN_TMA, PRECISION,
+        k_t, do_t, HV, columns, K, V, STEPS, ROWS, BT, BK, BV, k.dtype.element_ty, False, STAGES, TMA, OWN_TMA,
+        PRECISION,
     )  # fmt: skip
     if tl.sum(not_finite(ds).to(tl.int32)) > 0:
         ds = _zero_or(dfinal_state, n, head, HV, block, columns, K, V, BK, BV, factors.dtype.element_ty)
         ds = _walk_back(
             ds, q_source, k_source, do_source, M_source, P_source, factor_source, decay, dv, dR, dS, 0, chunks, length,
-            q_t, k_t, do_t, HV, columns, K, V, ROWS, BT, BK, BV, k.dtype.element_ty, True, 1, TMA, OWN_TMA, PRECISION,
+            q_t, k_t, do_t, HV, columns, K, V, STEPS, ROWS, BT, BK, BV, k.dtype.element_ty, True, 1, TMA, OWN_TMA,
+            PRECISION,
         )  # fmt: skip
     if dinitial_state is not None:
         ds = cast(ds, dinitial_state.dtype.element_ty)
@@ -354,6 +358,7 @@ def walks_kernel(
     do_h,
     K: tl.constexpr,
     V: tl.constexpr,
+    STEPS: tl.constexpr,  # rows of k and v for one of q and do: T and cu_seqlens count the former
     ROWS: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
@@ -377,7 +382,7 @@ def walks_kernel(
         if item < walks:
             _reverse(
                 item, head, HV, q, k, do, M, P, factors, decay, dfinal_state, dv, dR, dS, dinitial_state, cu_seqlens,
-                T, N, group, q_b, q_t, q_h, k_b, k_t, k_h, do_b, do_t, do_h, K, V, ROWS, BT, BK, BV, ALIGN,
+                T, N, group, q_b, q_t, q_h, k_b, k_t, k_h, do_b, do_t, do_h, K, V, STEPS, ROWS, BT, BK, BV, ALIGN,
                 REVERSE_STAGES, TMA, OWN_TMA, PRECISION,
             )  # fmt: skip
     if REPLAY:
@@ -404,7 +409,7 @@ def _results(q, k, v, beta, g, initial_state, *_, needs, **__):
 @operator(
     "delta_rule_backward(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor? initial_state, "
     "Tensor? cu_seqlens, Tensor states, Tensor do, Tensor? dfinal_state, *, float scale, bool qk_l2norm, "
-    "bool[6] needs, int? rows=None) -> Tensor[]",
+    "bool[6] needs, int? rows=None, int steps=1) -> Tensor[]",
     _results,
 )
 def backward(
@@ -423,12 +428,13 @@ def backward(
     qk_l2norm,
     needs,
     rows=None,
+    steps=1,
 ):
-    """Gradients of q, k, v, beta, g and initial_state, None where `needs` is False. `rows` as in `forward`."""
+    """Gradients of q, k, v, beta, g, initial_state, None where `needs` is False. `rows` and `steps` as in `forward`."""
     wide = wider(q, v)
     if wide:
         inputs = (q.to(wide), k.to(wide), v.to(wide), beta, g, initial_state, cu_seqlens, states, do.to(wide))
-        grads = backward(*inputs, dfinal_state, scale=scale, qk_l2norm=qk_l2norm, needs=needs, rows=rows)
+        grads = backward(*inputs, dfinal_state, scale=scale, qk_l2norm=qk_l2norm, needs=needs, rows=rows, steps=steps)
         return [x if x is None else x.to(q.dtype) for x in grads[:3]] + list(grads[3:])
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
@@ -437,7 +443,7 @@ def backward(
         Kp, Vp = sizes
         inputs = (padded(q, Kp), padded(k, Kp), padded(v, Vp), beta, g, padded(initial_state, Kp, Vp), cu_seqlens)
         ends = (states, padded(do, Vp), padded(dfinal_state, Kp, Vp))
-        grads = backward(*inputs, *ends, scale=scale, qk_l2norm=qk_l2norm, needs=needs, rows=rows)
+        grads = backward(*inputs, *ends, scale=scale, qk_l2norm=qk_l2norm, needs=needs, rows=rows, steps=steps)
         cuts = ((..., slice(K)), (..., slice(K)), (..., slice(V)), ..., ..., (..., slice(K), slice(V)))
         return [x if x is None else x[cut].contiguous() for x, cut in zip(grads, cuts, strict=True)]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -450,11 +456,13 @@ def backward(
         return [x if x is None else x.zero_() for x in grads]
 
     config = delta_rule_backward_config(K, V, q.dtype, arch())
-    BT, BV, rows = config.BT, config.BV, rows or config.BT
+    BT, BV, rows = config.BT, config.BV, rows or config.BT // steps * steps
+    T *= steps
+    cu_seqlens = in_rows(cu_seqlens, steps)
     q, k, v, do = _rows(q, k, v, do)
     if dfinal_state is not None:
         dfinal_state = dfinal_state.contiguous()
-    options = {"scale": scale, "qk_l2norm": qk_l2norm, "forward": False, "BT": BT, "rows": rows}
+    options = {"scale": scale, "qk_l2norm": qk_l2norm, "forward": False, "BT": BT, "rows": rows, "steps": steps}
     M, P, factors, decay, gamma, norms = prepare(q, k, beta, g, cu_seqlens, **options)
     slots = chunk_slots(B, T, cu_seqlens, rows)
     keys = need_k or need_beta or need_g
@@ -473,7 +481,7 @@ def backward(
         allow_descriptors()
     blocks = cdiv(V, BV)
     lengths = (cu_seqlens, T, N)
-    sizes = {"K": K, "V": V, "ROWS": rows, "BT": BT, "BK": power_of_two(K), "BV": BV, "ALIGN": align}
+    sizes = {"K": K, "V": V, "STEPS": steps, "ROWS": rows, "BT": BT, "BK": power_of_two(K), "BV": BV, "ALIGN": align}
     walk = {"TMA": tma, "OWN_TMA": config.tma, "PRECISION": precision(q.dtype)} | config.options
     two = min(config.num_stages, 2)
     stages = config.num_stages if N * HV * blocks <= multiprocessors(q) and tma else two  # as in the forward

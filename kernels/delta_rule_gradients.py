@@ -10,7 +10,7 @@ In one kernel both would need more registers than there are. Products with matri
 import triton
 import triton.language as tl
 
-from ._tiles import cast, dot, not_finite, segment_of_slot, spread, store_tile
+from ._tiles import cast, dot, not_finite, segment_of_slot, spread, store_tokens
 
 
 @triton.jit
@@ -25,10 +25,20 @@ def _zero_uncovered(
     x, slot, cu_seqlens, N, T, row_stride, columns, ROWS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr
 ):
     """Zeros in the rows that no sequence covers: every slot looks after ROWS rows of [0, T)."""
-    row = slot * ROWS + tl.arange(0, BT)
-    before = row < tl.load(cu_seqlens).to(tl.int64)
-    behind = row >= tl.load(cu_seqlens + N).to(tl.int64)
-    mask = (before | behind) & (row < tl.minimum(slot * ROWS + ROWS, T))
+    _zero_uncovered_tokens(x, slot, cu_seqlens, N, T, row_stride, columns, 1, ROWS, BT, BD)
+
+
+@triton.jit
+def _zero_uncovered_tokens(
+    x, slot, cu_seqlens, N, T, row_stride, columns, STEPS: tl.constexpr, ROWS: tl.constexpr, BT: tl.constexpr,
+    BD: tl.constexpr,
+):  # fmt: skip
+    """The same for a tensor with one row for STEPS of those that T and cu_seqlens count."""
+    TOKENS: tl.constexpr = ROWS // STEPS
+    row = slot * TOKENS + tl.arange(0, BT)
+    before = row < tl.load(cu_seqlens).to(tl.int64) // STEPS
+    behind = row >= tl.load(cu_seqlens + N).to(tl.int64) // STEPS
+    mask = (before | behind) & (row < tl.minimum(slot * TOKENS + TOKENS, T // STEPS))
     column = tl.arange(0, BD)
     at = row.to(tl.int64)[:, None] * row_stride + column[None, :]
     tl.store(x + at, tl.zeros((BT, BD), x.dtype.element_ty), mask=mask[:, None] & (column < columns)[None, :])
@@ -41,6 +51,15 @@ def _rows_of(x, stride, rows, columns, BT: tl.constexpr, BD: tl.constexpr):
     column = tl.arange(0, BD)
     mask = (row < rows)[:, None] & (column < columns)[None, :]
     return tl.load(x + ((row * stride)[:, None] + column[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
+def _tokens_of(x, stride, rows, columns, BT: tl.constexpr, BD: tl.constexpr, STEPS: tl.constexpr):
+    """The same of a tensor whose row t is that of the last of token t's STEPS rows, zeros in the others."""
+    row = tl.arange(0, BT)
+    column = tl.arange(0, BD)
+    mask = ((row < rows) & (row % STEPS == STEPS - 1))[:, None] & (column < columns)[None, :]
+    return tl.load(x + ((row // STEPS * stride)[:, None] + column[None, :]), mask=mask, other=0.0)
 
 
 @triton.jit
@@ -95,14 +114,17 @@ def _row_products(sums, rows, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _store_rows(dx, grad, x, row_stride, norm, token, live, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr):
+def _store_rows(
+    dx, grad, x, row_stride, norm, token, live, K: tl.constexpr, STEPS: tl.constexpr, BT: tl.constexpr,
+    BK: tl.constexpr,
+):  # fmt: skip
     """The gradient of rows x; `grad` is that of x, or where norms are taken that of x times its norm's inverse r."""
     if norm is not None:
         x = x.to(grad.dtype)
         r = tl.load(norm + tl.arange(0, BT))
         grad *= r[:, None]
         grad -= x * (tl.sum(grad * x, 1) * r * r)[:, None]
-    store_tile(dx, cast(grad, dx.dtype.element_ty), token, live, row_stride, K, BT, BK, False)
+    store_tokens(dx, cast(grad, dx.dtype.element_ty), token, live, row_stride, K, BT, BK, STEPS, False)
 
 
 @triton.jit
@@ -141,6 +163,7 @@ def score_gradients_kernel(
     do_h,
     K: tl.constexpr,
     V: tl.constexpr,
+    STEPS: tl.constexpr,  # rows of k and v for one of q, do and g: T and cu_seqlens count the former
     ROWS: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
@@ -168,7 +191,7 @@ def score_gradients_kernel(
     at = tl.cast(slot, tl.int64) * HV + hv
     k += tl.multiple_of(batch * k_b, ALIGN) + token * k_t + (hv // group) * k_h
     v += tl.multiple_of(batch * v_b, ALIGN) + token * v_t + hv * v_h
-    do += tl.multiple_of(batch * do_b, ALIGN) + token * do_t + hv * do_h
+    do += tl.multiple_of(batch * do_b, ALIGN) + token // STEPS * do_t + hv * do_h
     X += at * (BT * V)
     inner += at * ((BT * BT) * (1 if dR is None else 2))
 
@@ -178,7 +201,7 @@ def score_gradients_kernel(
     for first in tl.range(0, last, BV, num_stages=STAGES):
         columns = V - first
         X_tile = _rows_of(X + first * BT, BT, columns, BT, BV, BT)
-        do_tile = _rows_of(do + first, do_t, live, columns, BT, BV)
+        do_tile = _tokens_of(do + first, do_t, live, columns, BT, BV, STEPS)
         scores = dot(tl.trans(X_tile), tl.trans(do_tile), scores, PRECISION)
         if dR is not None:
             dR_tile = _rows_of(dR + at * (BT * V) + first * BT, BT, columns, BT, BV, BT)
@@ -253,6 +276,7 @@ def row_gradients_kernel(
     do_h,
     K: tl.constexpr,
     V: tl.constexpr,
+    STEPS: tl.constexpr,  # rows of k and v for one of q, do and g: T and cu_seqlens count the former
     ROWS: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
@@ -275,30 +299,30 @@ def row_gradients_kernel(
     compute = factors.dtype.element_ty
     batch, token, live = _chunk(slot, cu_seqlens, N, T, ROWS)
     if dq is not None:
-        dq += (batch * T * H + head) * K
+        dq += (batch * (T // STEPS) * H + head) * K
     if dk is not None:
         dk += (batch * T * H + head) * K
     if dbeta is not None:
         dbeta += batch * T * HV
     if dg is not None:
-        dg += batch * T * HV
+        dg += batch * (T // STEPS) * HV
     if cu_seqlens is not None:
         if dq is not None:
-            _zero_uncovered(dq, slot, cu_seqlens, N, T, H * K, K, ROWS, BT, BK)
+            _zero_uncovered_tokens(dq, slot, cu_seqlens, N, T, H * K, K, STEPS, ROWS, BT, BK)
         if dk is not None:
             _zero_uncovered(dk, slot, cu_seqlens, N, T, H * K, K, ROWS, BT, BK)
         for hv in range(head * group, head * group + group):
             if dbeta is not None:
                 _zero_uncovered(dbeta + hv, slot, cu_seqlens, N, T, HV, 1, ROWS, BT, 1)
             if dg is not None:
-                _zero_uncovered(dg + hv, slot, cu_seqlens, N, T, HV, 1, ROWS, BT, 1)
+                _zero_uncovered_tokens(dg + hv, slot, cu_seqlens, N, T, HV, 1, STEPS, ROWS, BT, 1)
     if live <= 0:
         return
     row = tl.arange(0, BT)
     last = _rolled(V, BV)
     alive = row < live
     upper = row[:, None] < row[None, :]
-    q += tl.multiple_of(batch * q_b, ALIGN) + token * q_t + head * q_h
+    q += tl.multiple_of(batch * q_b, ALIGN) + token // STEPS * q_t + head * q_h
     k += tl.multiple_of(batch * k_b, ALIGN) + token * k_t + head * k_h
     # A group's heads share norms.
     norm_k = norms + (tl.cast(slot, tl.int64) * HV + head * group) * (2 * BT) if norms is not None else None
@@ -308,7 +332,7 @@ def row_gradients_kernel(
     for member in tl.range(group, num_stages=1, disable_licm=True):
         hv = head * group + member
         at = tl.cast(slot, tl.int64) * HV + hv
-        do_at = do + tl.multiple_of(batch * do_b, ALIGN) + token * do_t + hv * do_h
+        do_at = do + tl.multiple_of(batch * do_b, ALIGN) + token // STEPS * do_t + hv * do_h
         inner_at = _square(inner + at * ((BT * BT) * (1 if dR is None else 2)), BT)
 
         through = tl.zeros((BT, BK), compute)  # the entry state, from queries
@@ -320,7 +344,7 @@ def row_gradients_kernel(
             columns = V - first
             S_tile = _rows_of(S0 + at * (K * V) + first * K, K, columns, K, BV, BK)
             if QUERIES or (dg is not None):
-                do_tile = _rows_of(do_at + first, do_t, live, columns, BT, BV)
+                do_tile = _tokens_of(do_at + first, do_t, live, columns, BT, BV, STEPS)
                 through = dot(do_tile, S_tile, through, PRECISION)
             if KEYS:
                 X_tile = _rows_of(X + at * (BT * V) + first * BT, BT, columns, BT, BV, BT)
@@ -333,7 +357,7 @@ def row_gradients_kernel(
                         whole += tl.sum(S_tile.to(compute) * dS_tile, 0)
                     else:
                         whole = dot(S_tile, tl.trans(dS_tile), whole, PRECISION)
-        q_tile = _rows_of(q, q_t, live, K, BT, BK)
+        q_tile = _tokens_of(q, q_t, live, K, BT, BK, STEPS)
         k_tile = _rows_of(k, k_t, live, K, BT, BK)
 
         if QUERIES or (dg is not None):
@@ -349,7 +373,7 @@ def row_gradients_kernel(
                 grad_q += through
                 grad_q = dot(_times(tl.load(inner_at), norm_k, True), k_tile, grad_q, PRECISION)
                 if group == 1:  # now, not behind the loop: sums fill the registers
-                    _store_rows(dq, grad_q, q_tile, H * K, norm_q, token, live, K, BT, BK)
+                    _store_rows(dq, grad_q, q_tile, H * K, norm_q, token, live, K, STEPS, BT, BK)
         if KEYS:
             exit = tl.load(factors + at * (4 * BT) + 2 * BT + row)
             entry = tl.load(factors + at * (4 * BT) + row)
@@ -377,7 +401,8 @@ def row_gradients_kernel(
                 total = tl.load(decay + at)
                 gate = tl.where(total == 0, 0.0, total * tl.sum(whole)) + tl.load(sums + at * (2 * BT) + BT + row)
                 gate += tl.sum(tl.where(upper, later[:, None], own[:, None]), 0)
-                tl.store(dg + (token + row) * HV + hv, cast(gate, dg.dtype.element_ty), mask=alive)
+                opens = alive & (row % STEPS == 0)  # a token's gate is that of its first row
+                tl.store(dg + (token + row) // STEPS * HV + hv, cast(gate, dg.dtype.element_ty), mask=opens)
             if dk is not None:
                 grad_k += to_end - from_start * rate[:, None]
                 grad_k = dot(_times(tl.load(inner_at), norm_q, False), q_tile, grad_k, PRECISION)
@@ -385,6 +410,8 @@ def row_gradients_kernel(
                 grad_k = dot(_times(B_tile, norm_k, False), k_tile, grad_k, PRECISION)
                 grad_k = dot(_times(B_tile, norm_k, True), k_tile, grad_k, PRECISION)
     if QUERIES and group > 1:
-        _store_rows(dq, grad_q, _rows_of(q, q_t, live, K, BT, BK), H * K, norm_q, token, live, K, BT, BK)
+        _store_rows(
+            dq, grad_q, _tokens_of(q, q_t, live, K, BT, BK, STEPS), H * K, norm_q, token, live, K, STEPS, BT, BK
+        )
     if dk is not None:
-        _store_rows(dk, grad_k, _rows_of(k, k_t, live, K, BT, BK), H * K, norm_k, token, live, K, BT, BK)
+        _store_rows(dk, grad_k, _rows_of(k, k_t, live, K, BT, BK), H * K, norm_k, token, live, K, 1, BT, BK)

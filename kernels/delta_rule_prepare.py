@@ -102,10 +102,11 @@ def _decays(gates, gate, BT: tl.constexpr):
 
 
 @triton.jit
-def _load_rows(x, stride, row, live, first, K: tl.constexpr, BK: tl.constexpr):
+def _load_rows(x, stride, row, live, first, K: tl.constexpr, BK: tl.constexpr, STEPS: tl.constexpr):
+    """Rows of keys, or where STEPS > 1 of queries: those of the last of so many rows, zeros in the others."""
     d = first + tl.arange(0, BK)
-    mask = (row < live)[:, None] & (d < K)[None, :]
-    return tl.load(x + row.to(tl.int64)[:, None] * stride + d[None, :], mask=mask, other=0.0)
+    mask = ((row < live) & (row % STEPS == STEPS - 1))[:, None] & (d < K)[None, :]
+    return tl.load(x + (row // STEPS).to(tl.int64)[:, None] * stride + d[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -144,7 +145,8 @@ def prepare_kernel(
     g_t,
     g_h,
     K: tl.constexpr,
-    ROWS: tl.constexpr,  # live rows of a chunk, at most BT
+    STEPS: tl.constexpr,  # rows of k and beta for one of q and g: T and cu_seqlens count the former
+    ROWS: tl.constexpr,  # live rows of a chunk, at most BT, a multiple of STEPS
     BT: tl.constexpr,
     BK: tl.constexpr,
     ALIGN: tl.constexpr,  # batch strides of q and k are multiples of this
@@ -177,14 +179,14 @@ def prepare_kernel(
     j = row[:, None]
     i = row[None, :]
     alive = row < live
-    q += tl.multiple_of(batch * q_b, ALIGN) + token * q_t + (head // group) * q_h
+    q += tl.multiple_of(batch * q_b, ALIGN) + token // STEPS * q_t + (head // group) * q_h
     k += tl.multiple_of(batch * k_b, ALIGN) + token * k_t + (head // group) * k_h
     kk = tl.zeros((BT, BT), compute)
     kq = tl.zeros((BT, BT), compute)
     qq = tl.zeros((BT, BT), compute)
     for first in tl.static_range(0, K, BK):
-        k_tile = _load_rows(k, k_t, row, live, first, K, BK)
-        q_tile = _load_rows(q, q_t, row, live, first, K, BK)
+        k_tile = _load_rows(k, k_t, row, live, first, K, BK, 1)
+        q_tile = _load_rows(q, q_t, row, live, first, K, BK, STEPS)
         kk = dot(k_tile, tl.trans(k_tile), kk, PRECISION)
         kq = dot(k_tile, tl.trans(q_tile), kq, PRECISION)
         if QK_L2NORM:
@@ -203,8 +205,8 @@ def prepare_kernel(
     tile = here * (BT * BT) + j * BT + i
     kq *= k_norm[:, None] * (scale * q_norm)[None, :]
     if g is not None:
-        gates = g + batch * g_b + token * g_t + head * g_h
-        gate = tl.load(gates + row * g_t, mask=alive, other=0.0).to(compute)
+        gates = g + batch * g_b + token // STEPS * g_t + head * g_h  # a token's gate is that of its first row
+        gate = tl.load(gates + row // STEPS * g_t, mask=alive & (row % STEPS == 0), other=0.0).to(compute)
         line = scratch + here * (17 * BT) + 16 * BT  # without strides, and every row for every thread
         tl.store(line + row, gate)
         tl.debug_barrier()
@@ -261,6 +263,11 @@ def chunk_slots(B: int, T: int, cu_seqlens: torch.Tensor | None, rows: int) -> i
     return B * per_row if cu_seqlens is None else per_row + cu_seqlens.shape[0] - 1
 
 
+def in_rows(cu_seqlens: torch.Tensor | None, steps: int) -> torch.Tensor | None:
+    """Boundaries of packed sequences in rows of k, of which a token has `steps`."""
+    return cu_seqlens if cu_seqlens is None or steps == 1 else cu_seqlens * steps
+
+
 def power_of_two(n: int) -> int:
     """The extent of a tile that holds n channels: products take 16 at least."""
     return max(16, 1 << (n - 1).bit_length())
@@ -302,12 +309,13 @@ def alignment(*tensors: torch.Tensor) -> int:
     return n if all(s % n == 0 for x in tensors for s in x.stride()[:-1]) else 1
 
 
-def prepare(q, k, beta, g, cu_seqlens, *, scale, qk_l2norm, forward, BT, rows=None) -> Chunks:
+def prepare(q, k, beta, g, cu_seqlens, *, scale, qk_l2norm, forward, BT, rows=None, steps=1) -> Chunks:
     """The backward also wants gamma, with a gate, and the norms, with qk_l2norm.
 
-    `rows`: the live rows of a chunk of BT, all by default. q and k have unit stride along their last dimension.
+    `rows`: the live rows of a chunk of BT, all by default. `steps`: rows of k and beta for one of q and g; cu_seqlens
+    counts the former. q and k have unit stride along their last dimension.
     """
-    B, T, H, K = q.shape
+    B, T, H, K = k.shape
     HV = beta.shape[2]
     rows = rows or BT
     # A chunk's offsets are 32 bits wide.
@@ -331,6 +339,7 @@ def prepare(q, k, beta, g, cu_seqlens, *, scale, qk_l2norm, forward, BT, rows=No
             )  # fmt: skip
             constants = constexprs(
                 K=K,
+                STEPS=steps,
                 ROWS=rows,
                 BT=BT,
                 BK=config.BK,
