@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several Householder steps a token are for: DeltaProduct's state-tracking experiment (arXiv 2502.10297).
+r"""What several Householder steps a token are for: DeltaProduct's state-tracking experiment (arXiv 2502.10297).
 
     python bench/state_tracking.py                                           # S3: about ten minutes on one core
-    python bench/state_tracking.py --group A5 --num-householder 2 --eigenvalues negative
+    python bench/state_tracking.py --group A5 --num-householder 2 --eigenvalues negative --seeds 0 --hidden-size 128 \
+        --head-dim 32 --lr 3e-3 --steps 6000 --long-at 0.8
 
 The word problem of a group: tokens are random elements x_1, x_2, ...; after each, the model names the product
 x_t ... x_2 x_1. One layer of `GatedDeltaProduct` without short convolutions does it all, so what it can learn is what a
@@ -12,7 +13,8 @@ is not even that.
 
 Models are trained on lengths up to 128 and measured up to 512. accuracy(t) is the share of test sequences whose element
 is right at position t. Every seed is shown. Training begins with short words, which grow when a batch is right, and in
-any case with time: on words of 128 from the start, models stay at parity.
+any case with time: on words of 128 from the start, models stay at parity. The larger groups take more than the default
+steps: the second command, nine minutes, reaches accuracy 0.81 at 128 and 0.10 at 512.
 
 Writes bench/results/state-tracking-<group>.csv (a row a run), -curves.csv (accuracy by position) and .png.
 """
