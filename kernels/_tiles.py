@@ -229,7 +229,10 @@ def first_of(cu_seqlens, n, start, T, ROWS):
 
 @triton.jit
 def segment_of_slot(slot, cu_seqlens, N, T, TOKENS, SPLIT: tl.constexpr):
-    """(sequence, batch row, first token, length, segment) of the slot of a segment of TOKENS tokens."""
+    """(sequence, batch row, first token, length, segment) of the slot of a segment of TOKENS tokens.
+
+    The segment is negative where the first sequence does not start at 0, as it should, for the slots before it.
+    """
     if cu_seqlens is None:
         segments = tl.maximum(tl.cdiv(T, TOKENS), 1) if SPLIT else 1
         n = (slot // segments).to(tl.int64)

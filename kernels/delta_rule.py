@@ -208,7 +208,7 @@ def forward_kernel(
     chunks = tl.cdiv(length, ROWS)
     first = segment * SEGMENT
     last = tl.minimum(first + SEGMENT, chunks)
-    if (first >= chunks) & (segment > 0):
+    if (segment < 0) | ((first >= chunks) & (segment > 0)):
         return
 
     columns = V - block * BV
@@ -357,7 +357,7 @@ def map_kernel(
     chunks = tl.cdiv(length, ROWS)
     first = segment * SEGMENT
     last = first + SEGMENT
-    if last >= chunks:
+    if (segment < 0) | (last >= chunks):
         return
 
     values = block >= key_blocks

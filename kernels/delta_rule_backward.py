@@ -137,7 +137,7 @@ def _replay_part(
     chunks = tl.cdiv(length, ROWS)
     first = part * CHECKPOINT
     last = tl.minimum(first + CHECKPOINT, chunks)
-    if first < chunks:
+    if (part >= 0) & (first < chunks):
         columns = V - block * BV
         own = tl.cast(block * BV, tl.int64)  # its first column
         at = first_of(cu_seqlens, n, start, T, ROWS) * HV + head

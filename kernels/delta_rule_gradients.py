@@ -17,7 +17,7 @@ from ._tiles import cast, dot, not_finite, segment_of_slot, spread, store_tokens
 def _chunk(slot, cu_seqlens, N, T, ROWS: tl.constexpr):
     """(batch row, first token, live rows) of a chunk's slot; live rows <= 0 where no chunk uses the slot."""
     _, batch, start, length, chunk = segment_of_slot(slot, cu_seqlens, N, T, ROWS, True)
-    return batch, start + chunk * ROWS, tl.minimum(length - chunk * ROWS, ROWS)
+    return batch, start + chunk * ROWS, tl.where(chunk < 0, 0, tl.minimum(length - chunk * ROWS, ROWS))
 
 
 @triton.jit

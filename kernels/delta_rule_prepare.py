@@ -168,7 +168,7 @@ def prepare_kernel(
         n = sequence_of_slot(cu_seqlens, slot, N, T, ROWS)
         start, length = sequence_bounds(cu_seqlens, n, T)
         chunk = slot - first_slot(start, n, ROWS)
-    if chunk * ROWS >= length:
+    if (chunk < 0) | (chunk * ROWS >= length):
         return
     live = tl.minimum(length - chunk * ROWS, ROWS)
     token = start + chunk * ROWS  # of row 0

@@ -57,6 +57,9 @@ CASES = (
     Case("delta_rule", "float32", {"K": 64, "V": 64, "g": True}, short=True),
     Case("delta_rule", "float32", {"K": 256, "V": 256, "g": True}),
     Case("delta_rule", "float64", {"K": 64, "V": 64, "g": True}),
+    Case("delta_product", "bfloat16", {"K": 128, "V": 128, "n": 2, "g": True, "l2norm": True}, short=True),
+    Case("delta_product", "bfloat16", {"K": 128, "V": 128, "n": 3, "g": True, "GVA": True, "packed": True}),
+    Case("delta_product", "float32", {"K": 64, "V": 64, "n": 3, "g": True}),
     Case("causal_conv1d", "bfloat16", {"W": 4, "silu": True}, targets=ALL, short=True),
     Case("causal_conv1d", "bfloat16", {"W": 4, "silu": True, "time_last": True}),
     Case("causal_conv1d", "bfloat16", {"W": 4, "silu": True, "packed": True, "bias": True}),
@@ -67,17 +70,30 @@ CASES = (
 )
 
 
-def delta_rule(dtype, *, K, V, B=4, T=128, H=16, GVA=False, g=False, packed=False, l2norm=False, split=False) -> dict:
+def delta_rule(dtype, **options) -> dict:
     """What each pass calls, by name; `backward` after `training`. Real sizes matter to the choice of a path only."""
     from . import delta_rule as op
 
+    return _delta(op, dtype, **options)
+
+
+def delta_product(dtype, *, n, **options) -> dict:
+    """As `delta_rule`, with n rows of k, v and beta a token."""
+    from . import delta_product as op
+
+    return _delta(op, dtype, n=n, num_householder=n, **options)
+
+
+def _delta(
+    op, dtype, *, K, V, B=4, T=128, H=16, n=1, GVA=False, g=False, packed=False, l2norm=False, split=False, **steps
+) -> dict:
     HV = 2 * H if GVA else H
     if packed or split:
         B = 1
     N = 8 if packed else B
-    q, k = torch.zeros(2, B, T, H, K, dtype=dtype)
-    v = torch.zeros(B, T, HV, V, dtype=dtype)
-    beta = torch.zeros(B, T, HV, dtype=dtype)
+    q, k = torch.zeros(B, T, H, K, dtype=dtype), torch.zeros(B, T * n, H, K, dtype=dtype)
+    v = torch.zeros(B, T * n, HV, V, dtype=dtype)
+    beta = torch.zeros(B, T * n, HV, dtype=dtype)
     gate = torch.zeros(B, T, HV) if g else None
     accumulator = torch.promote_types(dtype, torch.float32)
     state = torch.zeros(N, HV, K, V, dtype=accumulator)
@@ -87,17 +103,20 @@ def delta_rule(dtype, *, K, V, B=4, T=128, H=16, GVA=False, g=False, packed=Fals
     needs = (True, True, True, True, g, True)
     saved = []
 
+    do = torch.zeros(B, T, HV, V, dtype=dtype)
+
     def training():
-        saved[:] = [op.forward(*inputs, save_states=True, **options)[2]]
+        saved[:] = [op.forward(*inputs, save_states=True, **options, **steps)[2]]
 
     def step():
-        tokens = (None if x is None else x[:, 0].contiguous() for x in inputs[:5])
+        rows = (q[:, 0], *(x[:, :n] if steps else x[:, 0] for x in (k, v, beta)), gate if gate is None else gate[:, 0])
+        tokens = (x if x is None else x.contiguous() for x in rows)
         op.step(*tokens, state=state[:B], state_indices=None, **options)
 
     passes = {
-        "forward": lambda: op.forward(*inputs, save_states=False, **options),
+        "forward": lambda: op.forward(*inputs, save_states=False, **options, **steps),
         "training": training,
-        "backward": lambda: op.backward(*inputs, *saved, torch.zeros_like(v), state, needs=needs, **options),
+        "backward": lambda: op.backward(*inputs, *saved, do, state, needs=needs, **options, **steps),
         "step": step,
     }
     return passes if T else {name: passes[name] for name in passes if name != "step"}
@@ -126,7 +145,7 @@ def causal_conv1d(dtype, *, W, B=4, T=128, D=512, bias=False, silu=False, packed
     return passes if T else {name: passes[name] for name in passes if name != "step"}
 
 
-PASSES = {"delta_rule": delta_rule, "causal_conv1d": causal_conv1d}
+PASSES = {"delta_rule": delta_rule, "delta_product": delta_product, "causal_conv1d": causal_conv1d}
 
 
 def recorded(case: Case, target: str) -> dict[str, list[_ahead_of_time.Launch]]:

@@ -204,7 +204,7 @@ def test_a_nan_has_the_places_of_the_reference(backend):
         assert_matches_reference(o[kept], ref64["o"][kept], low["o"][kept], f"o beside {name} = {value}")
 
 
-@pytest.mark.parametrize("ends", [[0, 40, 60], [0, 40, 900], [5, 40, 70], [0, 0, 0]], ids=str)
+@pytest.mark.parametrize("ends", [[0, 40, 60], [0, 40, 900], [5, 40, 70], [33, 40, 70], [0, 0, 0]], ids=str)
 def test_boundaries_that_could_not_be_checked_touch_nothing_outside(backend, monkeypatch, ends):
     """On a device, values are not read: they are clamped, and rows that no sequence covers are 0, gradients too."""
     monkeypatch.setattr(fla_ops._checks, "_can_read", lambda x: False)

@@ -25,14 +25,15 @@ def names(launches):
 def test_launches():
     """The delta rule: two in inference, three at training at most, four in the backward; fla-core's chunks take five
     and seven, and further ones that add. The convolution: one, and in the backward a second that adds the parameters'
-    partial sums. A step: one."""
+    partial sums. A step: one. DeltaProduct's are the delta rule's."""
     options = {"T": 1024, "l2norm": True}
-    delta, packed, conv = recorded(
+    delta, packed, product, conv = recorded(
         ("delta_rule", "bfloat16", DELTA | options),
         ("delta_rule", "bfloat16", DELTA | options | {"packed": True, "GVA": True}),
+        ("delta_product", "bfloat16", DELTA | options | {"n": 3}),
         ("causal_conv1d", "bfloat16", {"W": 4, "silu": True, "bias": True}),
     )
-    for passes in (delta, packed):
+    for passes in (delta, packed, product):
         assert len(passes["forward"]) <= 2, names(passes["forward"])
         assert len(passes["training"]) <= 3, names(passes["training"])
         assert len(passes["backward"]) <= 4, names(passes["backward"])
@@ -103,6 +104,32 @@ def test_bytes_of_the_delta_rule():
         print(f"{name}: {distinct:.0f} distinct, {every:.0f} all; fla-core: {sum(peer[name].values())} distinct")
         assert distinct <= allowed[name][0] and every <= allowed[name][1], (name, distinct, every)
         assert distinct < sum(peer[name].values())
+
+
+@interpreted
+def test_bytes_of_delta_product():
+    """A step more a token costs what its rows of k, v and beta cost: nothing is as long as T n but what stems from
+    those, and queries, outputs and their gradients move once a token."""
+    from delta_product_cases import random_inputs as product_inputs
+    from fla_ops.kernels import delta_product as op
+
+    T, H = 128, 1
+    moved = {}
+    for n in (1, 2, 4):
+        x = product_inputs(n, T=T, H=H, HV=H, K=128, V=128, dtype=torch.bfloat16, side=torch.float32)
+        tokens = [x[name] for name in ("q", "k", "v", "beta", "g")]
+        options = {"num_householder": n, "scale": 1.0, "qk_l2norm": True}
+        with watched_memory() as forward:
+            o, _, states = op.forward(*tokens, None, None, save_states=True, **options)
+        with watched_memory() as backward:
+            op.backward(*tokens, None, None, states, torch.ones_like(o), None, needs=(True,) * 5 + (False,), **options)
+        moved[n] = [sum(launch.distinct for launch in launches) / (T * H) for launches in (forward, backward)]
+        print(n, moved[n])
+    # q is read twice and o written once in the forward, q and do once more each in the backward's three launches and dq
+    # written: rows that do not double with n.
+    for one, two, four, rows in zip(*(moved[n] for n in (1, 2, 4)), (3, 6), strict=True):
+        assert two < 2 * one - rows * ROW
+        assert abs((four - two) - 2 * (two - one)) < 1
 
 
 @pytest.mark.parametrize("last", [True, False], ids=["channels last", "channels first"])

@@ -3,6 +3,8 @@
 
 import pytest
 import torch
+from delta_product_cases import MICRO
+from delta_product_cases import random_inputs as product_inputs
 from delta_rule_cases import TENSORS, bounds, random_cotangents, random_inputs
 
 import fla_ops
@@ -126,6 +128,34 @@ def test_delta_rule(monkeypatch, shape, lengths):
     assert launches
     results = [o, final, *(leaf[n].grad for n in TENSORS)]
     assert all(r.isfinite().all() for r in results)
+
+
+@in_interpreter("delta_product")
+@pytest.mark.parametrize("n, lengths", [(2, None), (3, [0, 3, 0, 64, 1]), (7, [9, 10, 0])], ids=["2", "3", "7"])
+def test_delta_product(monkeypatch, n, lengths):
+    """With 3 and 7 rows a token chunks have rows that belong to the next; with 2 none."""
+    N = lengths and len(lengths)
+    T, B = (67, 2) if lengths is None else (sum(lengths), 1)
+    x = product_inputs(n, B=B, T=T, HV=4, K=20, V=12, dtype=torch.bfloat16, state=torch.float32, sequences=N)
+    x = {name: fenced(in_wider_rows(t)) if name in ("q", "k", "v") else fenced(t) for name, t in x.items()}
+    leaf = {name: x[name].requires_grad_() for name in TENSORS}
+    cu = None if N is None else fenced(bounds(lengths))
+    with watched_memory() as launches, fenced_allocations(monkeypatch):
+        o, final = fla_ops.delta_product(
+            *(leaf[name] for name in TENSORS[:5]),
+            num_householder=n,
+            initial_state=leaf["initial_state"],
+            output_final_state=True,
+            qk_l2norm=True,
+            backend="triton",
+            **({} if cu is None else {"cu_seqlens": cu}),
+        )
+        torch.autograd.backward([o, final], [fenced(torch.randn_like(o)), fenced(torch.randn_like(final))])
+        tokens = [x[name][:, :n] if name in MICRO else x[name][:, 0] for name in TENSORS[:5]]
+        with torch.no_grad():
+            step = fla_ops.delta_product_step(*tokens, state=final.detach()[:B].clone(), backend="triton")
+    assert launches
+    assert all(r.isfinite().all() for r in (o, final, step, *(leaf[name].grad for name in TENSORS)))
 
 
 @in_interpreter("delta_rule")

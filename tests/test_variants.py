@@ -17,6 +17,8 @@ CASES = {
     "packed": ("delta_rule", "bfloat16", {"K": 64, "V": 64, "g": True, "H": 2, "packed": True}),
     "split": ("delta_rule", "bfloat16", {"K": 64, "V": 64, "g": True, "H": 2, "split": True}),
     "packed, split": ("delta_rule", "bfloat16", {"K": 64, "V": 64, "H": 2, "packed": True, "split": True}),
+    "DeltaProduct": ("delta_product", "bfloat16", {"K": 64, "V": 64, "n": 3, "g": True, "H": 2, "B": 2}),
+    "packed DeltaProduct": ("delta_product", "bfloat16", {"K": 64, "V": 64, "n": 2, "g": True, "H": 2, "packed": True}),
     "channels last": ("causal_conv1d", "bfloat16", {"W": 4, "D": 64, "B": 2}),
     "channels first": ("causal_conv1d", "bfloat16", {"W": 4, "D": 64, "B": 2, "time_last": True}),
     "odd channels first": ("causal_conv1d", "float32", {"W": 4, "D": 7, "B": 1, "time_last": True}),

@@ -130,6 +130,13 @@ _ON_GPU = (
     _delta(BACKWARD, 2048, 64, H=8, B=4),
     _delta(FORWARD, 1000, 60, V=100, **_HALF),
     _delta(STEP, 1, 128, H=32, B=64, quick=True, **_HALF),
+    *(
+        _product(kind, T, 128, n, H=16, B=B, quick=n == 2, **_HALF)
+        for B, T in ((4, 2048), (1, 8192))
+        for kind in (FORWARD, BACKWARD)
+        for n in (2, 3)
+    ),
+    _product(STEP, 1, 128, 2, H=32, B=64, quick=True, **_HALF),
     _conv(FORWARD, 4096, 8192, quick=True, **_HALF),
     _conv(FORWARD, 4096, 8192, channels_last=True, quick=True, **_HALF),
     _conv(FORWARD, 4096, 8192),
@@ -349,7 +356,22 @@ def _theirs_delta_product(case: Case, compiled: bool) -> list[Variant]:
         chunked = torch.compile(found[0]) if compiled else found[0]
         suffix = " compiled" if compiled else ""
         named[f"transformers chunk interleaved{suffix}"] = functools.partial(theirs, chunked)
-    return [Variant(name, _interleaved(case, function)) for name, function in named.items()]
+    gpu = [] if compiled else _gpu_delta_product(case)
+    return gpu + [Variant(name, _interleaved(case, function)) for name, function in named.items()]
+
+
+def _gpu_delta_product(case: Case) -> list[Variant]:
+    """fla-core's kernel, where a GPU and the package are; its backward is refused as the gated delta rule's is."""
+    if device() != "cuda" or not importlib.util.find_spec("fla") or case.dtype == torch.float32:
+        return []
+    function = importlib.import_module("fla.ops.gated_delta_product").chunk_gated_delta_product
+    n = case.sizes["n"]
+
+    def call(q, k, v, beta, g):
+        return function(q, k, v, g, beta.to(q.dtype), num_householder=n, use_qk_l2norm_in_kernel=True)[0]
+
+    name = f"fla{_without_flas_guard()}" if case.kind == BACKWARD else "fla"
+    return [Variant(name, _pass(case, call))]
 
 
 def _interleaved(case: Case, function: Callable[..., torch.Tensor]) -> Callable[[Tensors], object]:
