@@ -85,7 +85,7 @@ def delta_rule_gradients_config(kernel: str, K: int, V: int, dtype: torch.dtype,
         registers = 168 if arch == "sm_90" and K <= 128 else None
         return LaunchConfig(BT=BT, BV=BV, num_warps=_warps(128, arch), num_stages=stages, max_registers=registers)
     # Three sums over all channels of the rows, and two more where value heads are added: 255 registers a thread.
-    if arch == "sm_120" or (K > 128 and not _roomy(arch)):
+    if K > 128 or arch == "sm_120":
         stages = 1
     return LaunchConfig(BT=BT, BV=BV, num_warps=_warps(256 if K > 64 else 128, arch), num_stages=stages)
 

@@ -117,8 +117,8 @@ def _cpu_clock(variant: Variant, x: Tensors, calls: int) -> tuple[float, float]:
 
 
 def measure(case: Case, variants: list[Variant], seconds: float) -> list[Timing]:
-    """Time the variants in turn for about `seconds`. Each gets at least 3 rounds; one that is far slower than the
-    others sits out once it has used its share of the time."""
+    """Time the variants in turn for about `seconds`. Each sits out once it has used its share of the time, of which it
+    gets 3 rounds at least: one that is far slower than the others takes none of their rounds."""
     clock = _GpuClock() if device() == "cuda" else _cpu_clock
     x = inputs(case)
     timings = [Timing(v) for v in variants]
@@ -134,15 +134,15 @@ def measure(case: Case, variants: list[Variant], seconds: float) -> list[Timing]
             else:
                 once = clock(timing.variant, x, 1)[0]
                 calls[timing.variant.name] = max(1, round(SHORTEST_TURN / once))
-    deadline = time.perf_counter() + seconds
     share = seconds / len(variants)
     for round_ in range(MAX_ROUNDS):
-        if round_ >= MIN_ROUNDS and time.perf_counter() > deadline:
+        used = [sum(timing.wall) * calls.get(timing.variant.name, 1) for timing in timings]
+        active = [
+            t for t, seconds_used in zip(timings, used, strict=True) if round_ < MIN_ROUNDS or seconds_used < share
+        ]
+        if not active:
             break
-        for timing in timings:
-            used = sum(timing.wall) * calls.get(timing.variant.name, 1)
-            if round_ >= MIN_ROUNDS and used > share:
-                continue
+        for timing in active:
             with timing.variant.context():
                 wall, cpu = clock(timing.variant, x, calls.get(timing.variant.name, 1))
             timing.wall.append(wall)
