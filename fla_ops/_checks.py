@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from ._autocast import has_autocast
+from .reference._loops import has_autocast
 
 MAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)

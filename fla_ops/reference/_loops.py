@@ -7,8 +7,6 @@ from collections.abc import Callable
 
 import torch
 
-from fla_ops._autocast import has_autocast
-
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 stays, everything else computes in float32."""
@@ -31,6 +29,15 @@ def sequences(cu_seqlens: torch.Tensor | None, batch: int, length: int) -> list[
         return [(slice(0, batch), slice(0, length))]
     bounds = list(itertools.accumulate((min(max(b, 0), length) for b in cu_seqlens.tolist()), max))
     return [(slice(0, 1), slice(a, b)) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def has_autocast(device: str) -> bool:
+    """Whether a device type knows autocast."""
+    return torch.amp.is_autocast_available(device)
+
+
+# Traced code sees the answer as a constant: Dynamo of torch 2.11 does not know the question.
+has_autocast._dynamo_marked_constant = True
 
 
 def without_autocast(op: Callable) -> Callable:
