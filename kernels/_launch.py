@@ -61,7 +61,7 @@ _compiled: dict[tuple, tuple] = {}
 
 
 def launch(kernel, grid: tuple[int, ...], args: tuple, constants: Constexprs) -> None:
-    """`kernel[grid](*args, **constants)`, in half the host's time from the second such launch on.
+    """`kernel[grid](*args, **constants)`, with less of the host's time from the second such launch on.
 
     Triton binds and describes every argument, constexpr ones too, and asks the driver about every address. Here the
     description is what decides between variants on NVIDIA GPUs: a tensor's dtype and alignment, and of a number whether

@@ -101,8 +101,8 @@ def _sums_from(x, BT: tl.constexpr, PARTS: tl.constexpr):
 def _row_products(sums, rows, PRECISION: tl.constexpr):
     """The scalar products of the rows of `sums`, in float32, with `rows`.
 
-    In bfloat16 as the diagonal of a product: element by element, `rows` would have to be brought into the layout of
-    the sums, as many registers again. Two parts of `sums` keep 16 of its bits. float16 has not the range for that.
+    In bfloat16 as the diagonal of a product, whose operands are rounded as every product's are: element by element,
+    `rows` would have to be brought into the layout of the sums, as many registers again. float16 has not the range.
     """
     if rows.dtype == tl.bfloat16:
         BT: tl.constexpr = rows.shape[0]

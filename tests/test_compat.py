@@ -5,7 +5,6 @@ import inspect
 
 import pytest
 import torch
-from kernels_here import skip_without_kernel
 from torch.nn import functional as F
 
 import fla_ops
@@ -255,12 +254,6 @@ def test_dtypes(dtype, backend):
 MICRO = 3
 
 
-@pytest.fixture
-def product_backend(backend):
-    skip_without_kernel("delta_product", backend)
-    return backend
-
-
 def product_inputs(batch=B, dtype=torch.float64):
     wide, narrow = inputs(batch, T * MICRO, dtype=dtype), inputs(batch, dtype=dtype, seed=2)
     return wide | {"q": narrow["q"], "g": narrow["g"]}
@@ -269,7 +262,7 @@ def product_inputs(batch=B, dtype=torch.float64):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("with_gate", [False, True])
 @pytest.mark.parametrize("l2norm", [False, True])
-def test_product_is_the_op(l2norm, with_gate, packed, product_backend):
+def test_product_is_the_op(l2norm, with_gate, packed, backend):
     t = product_inputs(1 if packed else B)
     q, k, v, beta = (t[name] for name in ("q", "k", "v", "beta"))
     g = t["g"] if with_gate else None
@@ -285,7 +278,7 @@ def test_product_is_the_op(l2norm, with_gate, packed, product_backend):
     assert torch.equal(plain, fla_ops.delta_product(q, k, v, beta, g, num_householder=MICRO, cu_seqlens=cu).o)
 
 
-def test_product_is_its_recurrence(product_backend):
+def test_product_is_its_recurrence(backend):
     """fla's documented semantics, step by step: one decay a token, n updates, one read. With gradients."""
     t, s = product_inputs(), state()
     leaves = [x.requires_grad_() for x in (*t.values(), s)]
@@ -309,7 +302,7 @@ def test_product_is_its_recurrence(product_backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_product_dtypes(dtype, product_backend):
+def test_product_dtypes(dtype, backend):
     t = product_inputs(dtype=dtype)
     options = {"num_householder": MICRO, "use_qk_l2norm_in_kernel": True, "output_final_state": True}
     exact = fla.chunk_gated_delta_product(**{name: x.double() for name, x in t.items()}, **options)[0]
