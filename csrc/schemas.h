@@ -44,6 +44,19 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
   m.def(
       "delta_rule_step(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor(a!) state, "
       "float scale, bool qk_l2norm, Tensor? state_indices) -> Tensor");
+  m.def(
+      "selective_scan_forward(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+      "Tensor? delta_bias, Tensor? initial_state, Tensor? cu_seqlens, bool delta_softplus, bool save_states) "
+      "-> (Tensor y, Tensor final_state, Tensor states)");
+  // needs: which gradients to compute, bit i for the i-th of the results.
+  m.def(
+      "selective_scan_backward(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+      "Tensor? delta_bias, Tensor? initial_state, Tensor? cu_seqlens, bool delta_softplus, Tensor states, Tensor dy, "
+      "Tensor? dfinal_state, int needs) -> (Tensor du, Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, Tensor dD, "
+      "Tensor dz, Tensor ddelta_bias, Tensor dinitial_state)");
+  m.def(
+      "selective_scan_step(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+      "Tensor? delta_bias, Tensor(a!) state, bool delta_softplus, Tensor? state_indices) -> Tensor");
 }
 
 }  // namespace fla_ops

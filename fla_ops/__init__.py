@@ -17,12 +17,14 @@ from ._param_groups import param_groups
 from .causal_conv1d import CausalConv1dOutput, causal_conv1d, causal_conv1d_step
 from .delta_product import DeltaProductOutput, delta_product, delta_product_step
 from .delta_rule import DeltaRuleOutput, delta_rule, delta_rule_step
+from .selective_scan import SelectiveScanOutput, selective_scan, selective_scan_step
 
 __all__ = [
     "CausalConv1dOutput",
     "DeltaProductOutput",
     "DeltaRuleOutput",
     "FallbackWarning",
+    "SelectiveScanOutput",
     "__version__",
     "backends",
     "causal_conv1d",
@@ -34,5 +36,7 @@ __all__ = [
     "delta_rule_step",
     "layers",
     "param_groups",
+    "selective_scan",
+    "selective_scan_step",
     "use_backend",
 ]

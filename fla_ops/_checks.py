@@ -137,7 +137,10 @@ def cu_seqlens(op: str, x: torch.Tensor | None, batch: int, length: int, device:
     return x if x.device == device else x.to(device)
 
 
-def initial_state(op: str, x: torch.Tensor | None, expected: dict[str, int], device: torch.device) -> None:
+def initial_state(
+    op: str, x: torch.Tensor | None, expected: dict[str, int], device: torch.device, count: str = "N"
+) -> None:
+    """`count` is the letter of the number of sequences."""
     if x is None:
         return
     name = "initial_state"
@@ -145,7 +148,7 @@ def initial_state(op: str, x: torch.Tensor | None, expected: dict[str, int], dev
     if not x.dtype.is_floating_point or x.dtype not in MAIN_DTYPES:
         raise bad(TypeError, op, name, f"one of {_names(MAIN_DTYPES)}", x.dtype)
     sizes = tuple(expected.values())
-    hint = "N is the number of sequences."
+    hint = f"{count} is the number of sequences."
     if tuple(x.shape) == sizes[:-2] + (sizes[-1], sizes[-2]) and sizes[-1] != sizes[-2]:
         hint = "Its last two dimensions look swapped: transpose(-1, -2)."
     shape(op, name, x, expected, hint)
