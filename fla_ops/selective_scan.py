@@ -10,6 +10,7 @@ from ._autograd import first_order_only
 from ._backend import Backend, resolve
 
 _BACKENDS = (
+    Backend("triton", "fla_ops.kernels.selective_scan", ("cuda",), on_request=("cpu",), switch="TRITON_INTERPRET"),
     Backend("native", "fla_ops._native.selective_scan", devices=("cpu", "cuda")),
     Backend("reference", "fla_ops.reference.selective_scan"),
 )
@@ -107,6 +108,8 @@ def selective_scan(
     batch, Di, L = u.shape
     N = A.shape[1]
     B, C = (_check_projection(op, name, w, u, N) for name, w in (("B", B), ("C", C)))
+    if B.dim() == C.dim() == 4:
+        _checks.shape(op, "C", C, dict(zip(("B", "G", "N", "L"), B.shape, strict=True)), "B and C share their groups.")
     _checks.flag(op, "delta_softplus", delta_softplus)
     _checks.flag(op, "output_final_state", output_final_state)
     cu_seqlens = _checks.cu_seqlens(op, cu_seqlens, batch, L, u.device, "L")
@@ -162,6 +165,8 @@ def selective_scan_step(
     batch, Di = u.shape
     N = A.shape[1]
     B, C = (_check_step_projection(op, name, w, u, N) for name, w in (("B", B), ("C", C)))
+    if B.shape[1] != C.shape[1]:  # a constant has a group a channel
+        B, C = (w if w.shape[1] == Di else w.repeat_interleave(Di // w.shape[1], 1) for w in (B, C))
     _checks.flag(op, "delta_softplus", delta_softplus)
     _checks.step_state(op, state, {"slots": None, "Di": Di, "N": N}, u.device)
     state_indices = _checks.state_indices(op, state_indices, batch, state.shape[0], u.device)

@@ -14,6 +14,7 @@ import torch
 from ._launch import INTERPRET, LaunchConfig
 
 CHECKPOINT = 8  # the delta rule's forward saves one state in so many chunks for its backward
+SCAN_CHECKPOINT = 24  # the selective scan's one in so many steps
 
 
 def _power_of_two(n: int) -> int:
@@ -123,3 +124,27 @@ def causal_conv1d_reduce(arch: str) -> LaunchConfig:
 @functools.cache
 def causal_conv1d_step(D: int, arch: str) -> LaunchConfig:
     return LaunchConfig(BT=1, BD=min(256, 1 << (D - 1).bit_length()), num_warps=_warps(128, arch))
+
+
+@functools.cache
+def selective_scan_config(kind: str, N: int, channels: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
+    """One program a sequence and BD of a group's channels, BT steps at a time; `kind` is "forward" or "backward".
+
+    A thread holds up to 16 states of one channel, three times in the backward pass with those of BT steps: more threads
+    share a channel beyond that.
+    """
+    states = 1 << (N - 1).bit_length()
+    backward = kind == "backward"
+    warps = min(max(1, states // 16), 8)
+    steps = 4 if not backward else 3 if states <= 16 else 2 if states <= 128 else 1
+    if INTERPRET:
+        return LaunchConfig(BT=steps, BD=64, num_warps=warps)
+    return LaunchConfig(BT=steps, BD=_warps(1, arch) * 32, num_warps=warps)
+
+
+@functools.cache
+def selective_scan_step_config(N: int, channels: int, arch: str) -> LaunchConfig:
+    """One program a row and BD of a group's channels."""
+    states = 1 << (N - 1).bit_length()
+    BD = max(1, min(2048 // states, 1 << (channels - 1).bit_length()))
+    return LaunchConfig(BT=1, BD=64 if INTERPRET else BD, num_warps=_warps(128, arch))
