@@ -14,7 +14,7 @@ import torch
 from ._launch import INTERPRET, LaunchConfig
 
 CHECKPOINT = 8  # the delta rule's forward saves one state in so many chunks for its backward
-SCAN_CHECKPOINT = 24  # the selective scan's one in so many steps
+SCAN_CHECKPOINT = 32  # the selective scan's one in so many steps
 
 
 def _power_of_two(n: int) -> int:
@@ -127,19 +127,18 @@ def causal_conv1d_step(D: int, arch: str) -> LaunchConfig:
 
 
 @functools.cache
-def selective_scan_config(kind: str, N: int, channels: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
-    """One program a sequence and BD of a group's channels, BT steps at a time; `kind` is "forward" or "backward".
+def selective_scan_config(kind: str, N: int, constants: int, arch: str) -> LaunchConfig:
+    """One program a sequence and a warp's lanes of channels, BT steps at a time; `kind` is "forward" or "backward".
 
-    A thread holds up to 16 states of one channel, three times in the backward pass with those of BT steps: more threads
-    share a channel beyond that.
+    A thread holds 16 states of a channel, in the backward pass those before each of BT steps, their decays and three
+    sums besides, and another for each of the `constants` among B and C. Beyond 16 states more warps share a channel.
     """
     states = 1 << (N - 1).bit_length()
-    backward = kind == "backward"
-    warps = min(max(1, states // 16), 8)
-    steps = 4 if not backward else 3 if states <= 16 else 2 if states <= 128 else 1
-    if INTERPRET:
-        return LaunchConfig(BT=steps, BD=64, num_warps=warps)
-    return LaunchConfig(BT=steps, BD=_warps(1, arch) * 32, num_warps=warps)
+    warps = 1 if states <= 16 else min(states // 8, 8)
+    if kind == "backward" and constants and states > 8:
+        warps = max(warps, 2)
+    BT = 4 if kind == "forward" else 2 if states <= 64 and not constants else 1
+    return LaunchConfig(BT=BT, BD=64 if INTERPRET or arch.startswith("gfx") else 32, num_warps=warps)
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from ._config import SCAN_CHECKPOINT
 from ._launch import cdiv, constexprs, launch, multiprocessors
-from ._tiles import first_of, segment_of_slot
+from ._tiles import INTERPRET, first_of, segment_of_slot
 from .delta_rule_prepare import chunk_slots
 
 FILL = 8  # warps a multiprocessor that a launch should have
@@ -16,16 +16,20 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def step_sizes(x, SOFTPLUS: tl.constexpr):
-    """softplus(x), or x. log(1 + e) = 2 artanh(e / (2 + e)) keeps every digit of a small e = exp(-|x|)."""
+    """softplus(x), or x.
+
+    With e = exp(-|x|) and s = e / (2 + e), log(1 + e) = 2 artanh(s) = e + s (2 (s^2/3 + s^4/5 + ...) - e): what is
+    added to e is small, so its digits are kept.
+    """
     if SOFTPLUS:
-        TERMS: tl.constexpr = 18 if x.dtype == tl.float64 else 8
+        TERMS: tl.constexpr = 17 if x.dtype == tl.float64 else 7
         e = tl.exp(-tl.abs(x))
         s = e / (2 + e)
         square = s * s
         series = square * 0 + 1 / (2 * TERMS + 1)
-        for i in tl.static_range(TERMS):
+        for i in tl.static_range(TERMS - 1):
             series = series * square + 1 / (2 * (TERMS - i) - 1)
-        return tl.where(x > 0, x, 0) + 2 * s * series
+        return tl.where(x > 0, x, 0) + (e + s * (2 * (series * square) - e))
     else:
         return x
 
@@ -60,8 +64,17 @@ def load_states(at, stride_d, stride_n, channel, live, N: tl.constexpr, BN: tl.c
     """
     n = tl.arange(0, BN)
     mask = (n < N)[:, None] & live[None, :]
-    place = channel.to(tl.int64)[None, :] * stride_d + n.to(tl.int64)[:, None] * stride_n
+    place = channel[None, :] * stride_d + n.to(tl.int64)[:, None] * stride_n
     return tl.load(at + place, mask=mask, other=0).to(dtype)
+
+
+@triton.jit
+def sum_over_states(x):
+    """[BN, BD] -> [BD]. NumPy, in the interpreter, adds rows one by one, which 256 of them feel: groups of 16 there."""
+    if INTERPRET:
+        if x.shape[0] > 16:
+            x = tl.sum(tl.reshape(x, [x.shape[0] // 16, 16, x.shape[1]]), 1)
+    return tl.sum(x, 0)
 
 
 @triton.jit
@@ -77,7 +90,7 @@ def load_channels(at, stride, channel, live, dtype: tl.constexpr):
     if at is None:
         return tl.zeros([channel.shape[0]], dtype)
     else:
-        return tl.load(at + channel.to(tl.int64) * stride, mask=live, other=0).to(dtype)
+        return tl.load(at + channel * stride, mask=live, other=0).to(dtype)
 
 
 @triton.jit
@@ -85,8 +98,14 @@ def place_of(program, group_channels, groups, BD: tl.constexpr):
     """(slot, group, channels, which of them exist) of a program: blocks of BD channels never reach over a group."""
     blocks = tl.cdiv(group_channels, BD)
     within = program % blocks * BD + tl.arange(0, BD)
-    group = program // blocks % groups
+    group = tl.cast(program // blocks % groups, tl.int64)
     return program // (blocks * groups), group, group * group_channels + within, within < group_channels
+
+
+@triton.jit
+def first_of_segment(segment, SEGMENT):
+    """The first step of a segment, in its sequence: below 2^31, as lengths are."""
+    return tl.cast(tl.cast(segment, tl.int64) * SEGMENT, tl.int32)
 
 
 @triton.jit

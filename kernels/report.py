@@ -67,6 +67,14 @@ CASES = (
     Case("causal_conv1d", "float16", {"W": 4, "silu": True, "packed": True, "time_last": True}),
     Case("causal_conv1d", "float32", {"W": 4, "silu": True}, targets=ALL),
     Case("causal_conv1d", "float64", {"W": 4}),
+    Case("selective_scan", "bfloat16", {"N": 16, "softplus": True}, targets=ALL, short=True),
+    Case("selective_scan", "bfloat16", {"N": 16, "softplus": True, "B": 1, "T": 32768, "Di": 512, "split": True}),
+    Case("selective_scan", "float16", {"N": 16, "softplus": True, "packed": True, "G": 2, "plain": True}),
+    Case("selective_scan", "bfloat16", {"N": 64, "softplus": True}),
+    Case("selective_scan", "bfloat16", {"N": 16, "constant": True}),
+    Case("selective_scan", "float32", {"N": 16, "softplus": True}, targets=ALL),
+    Case("selective_scan", "float32", {"N": 256, "softplus": True}),
+    Case("selective_scan", "float64", {"N": 16, "softplus": True}),
 )
 
 
@@ -145,7 +153,66 @@ def causal_conv1d(dtype, *, W, B=4, T=128, D=512, bias=False, silu=False, packed
     return passes if T else {name: passes[name] for name in passes if name != "step"}
 
 
-PASSES = {"delta_rule": delta_rule, "delta_product": delta_product, "causal_conv1d": causal_conv1d}
+def selective_scan(
+    dtype,
+    *,
+    N,
+    B=4,
+    T=128,
+    Di=512,
+    G=1,
+    softplus=False,
+    packed=False,
+    split=False,
+    constant=False,
+    plain=False,
+    time_last=False,
+) -> dict:
+    """As `delta_rule`, in the layouts of the layer: channels last, B and C columns of one projection. `plain`: without
+    D, z and delta_bias; `constant`: B and C without a time axis; `time_last`: the layout of the peers."""
+    from . import selective_scan as op
+
+    B = 1 if packed else B
+    S = 8 if packed else B
+    u, delta, z = (
+        torch.zeros(B, Di, T, dtype=dtype) if time_last else torch.zeros(B, T, Di, dtype=dtype).transpose(1, 2)
+        for _ in range(3)
+    )
+    rows = torch.zeros(B, T, 2 * G * N + 16, dtype=dtype)[..., 16:].unflatten(2, (2, G, N)).permute(2, 0, 3, 4, 1)
+    accumulator = torch.promote_types(dtype, torch.float32)
+    A, D, bias = (torch.zeros(*size, dtype=accumulator) for size in ((Di, N), (Di,), (Di,)))
+    projections = (A, A) if constant else (rows[0], rows[1])
+    state = torch.zeros(S, Di, N, dtype=accumulator)
+    cu_seqlens = torch.linspace(0, T, S + 1).long() if packed else None
+    inputs = (u, delta, A, *projections, *((None,) * 3 if plain else (D, z, bias)), state, cu_seqlens)
+    needs = (True,) * 5 + (not plain,) * 3 + (True,)
+    saved = []
+
+    def training():
+        saved[:] = [op.forward(*inputs, delta_softplus=softplus, save_states=True)[2]]
+
+    def step():
+        B, C = (A[None].expand(len(u), -1, -1) if constant else w[..., 0].contiguous() for w in projections)
+        tokens = (x if x is None else x[..., 0].contiguous() for x in (u, delta, inputs[6]))
+        u_, delta_, z_ = tokens
+        options = {"z": z_, "delta_bias": inputs[7], "delta_softplus": softplus, "state_indices": None}
+        op.step(u_, delta_, A, B, C, inputs[5], state=state[: len(u)], **options)
+
+    passes = {
+        "forward": lambda: op.forward(*inputs, delta_softplus=softplus, save_states=False),
+        "training": training,
+        "backward": lambda: op.backward(*inputs, *saved, u, state, delta_softplus=softplus, needs=needs),
+        "step": step,
+    }
+    return passes if T else {name: passes[name] for name in passes if name != "step"}
+
+
+PASSES = {
+    "delta_rule": delta_rule,
+    "delta_product": delta_product,
+    "causal_conv1d": causal_conv1d,
+    "selective_scan": selective_scan,
+}
 
 
 def recorded(case: Case, target: str) -> dict[str, list[_ahead_of_time.Launch]]:

@@ -28,6 +28,7 @@ from ._scan import (
     chain,
     channels_last,
     empty_channels_last,
+    first_of_segment,
     load_channels,
     load_projections,
     load_run,
@@ -42,6 +43,7 @@ from ._scan import (
     segment_steps,
     step_sizes,
     strides,
+    sum_over_states,
     zero_steps,
 )
 from ._tiles import cast, first_of, segment_of_slot
@@ -88,14 +90,14 @@ def forward_kernel(
 ):  # fmt: skip
     dtype: tl.constexpr = tl.float64 if u.dtype.element_ty == tl.float64 else tl.float32
     slot, group, channel, live = place_of(tl.program_id(0), group_channels, groups, BD)
-    Di = group_channels * groups
+    Di = tl.cast(group_channels, tl.int64) * groups
     s, batch, start, length, segment = segment_of_slot(slot, cu_seqlens, S, L, SEGMENT, SPLIT)
-    first = segment * SEGMENT
+    first = first_of_segment(segment, SEGMENT)
     last = tl.minimum(first + SEGMENT, length) if SPLIT else length
     if (segment < 0) | ((first >= length) & (segment > 0)):
         return
 
-    at = channel.to(tl.int64)
+    at = channel
     u += batch * u_b + start * u_t + at
     delta += batch * delta_b + start * delta_t + at
     a = load_states(A, A_d, A_n, channel, live, N, BN, dtype) * LOG2_E
@@ -152,7 +154,7 @@ def forward_kernel(
             if y is not None:
                 if not CONSTANT_C:
                     c = cs[i].to(dtype)[:, None]
-                out = tl.sum(h * c, 0) + skip * x
+                out = sum_over_states(h * c) + skip * x
                 if z is not None:
                     gate = zs[i].to(dtype)
                     out *= gate / (1 + tl.exp(-gate))
@@ -196,12 +198,12 @@ def step_kernel(
     dtype: tl.constexpr = tl.float64 if u.dtype.element_ty == tl.float64 else tl.float32
     row, group, channel, live = place_of(tl.program_id(0), group_channels, groups, BD)
     row = row.to(tl.int64)
-    at = channel.to(tl.int64)
+    at = channel
     n = tl.arange(0, BN).to(tl.int64)
     slot = row
     if state_indices is not None:
         slot = tl.load(state_indices + row * indices_b).to(tl.int64)
-    y += row * (group_channels * groups) + at
+    y += row * (tl.cast(group_channels, tl.int64) * groups) + at
     if (slot < 0) | (slot >= slots):
         tl.store(y, tl.zeros([BD], y.dtype.element_ty), mask=live)
         return
@@ -263,7 +265,7 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, *, d
         return y.zero_(), final, states
     u, delta, z, B, C = channels_last(u), channels_last(delta), channels_last(z), projection(B), projection(C)
     groups = next((w.shape[1] for w in (B, C) if w.dim() == 4), 1)
-    config = selective_scan_config("forward", N, Di // groups, u.dtype, arch())
+    config = selective_scan_config("forward", N, (B.dim() == 2) + (C.dim() == 2), arch())
     options = scan_constants(config, N, B, C, delta_softplus)
     blocks = groups * cdiv(Di // groups, config.BD)
     segment = segment_steps(S * blocks, config.num_warps, S, u)

@@ -28,6 +28,7 @@ from ._scan import (
     chain,
     channels_last,
     empty_channels_last,
+    first_of_segment,
     load_channels,
     load_projections,
     load_run,
@@ -42,6 +43,7 @@ from ._scan import (
     segment_steps,
     step_sizes,
     strides,
+    sum_over_states,
     zero_steps,
 )
 from ._tiles import cast, first_of, segment_of_slot
@@ -86,11 +88,11 @@ def reverse_kernel(
     dtype: tl.constexpr = tl.float64 if dy.dtype.element_ty == tl.float64 else tl.float32
     slot, group, channel, live = place_of(tl.program_id(0), group_channels, groups, BD)
     _, batch, start, length, segment = segment_of_slot(slot, cu_seqlens, S, L, SEGMENT, True)
-    first = segment * SEGMENT
+    first = first_of_segment(segment, SEGMENT)
     last = tl.minimum(first + SEGMENT, length)
     if (segment < 0) | ((first >= length) & (segment > 0)):
         return
-    at = channel.to(tl.int64)
+    at = channel
     delta += batch * delta_b + start * delta_t + at
     dy += batch * dy_b + start * dy_t + at
     if z is not None:
@@ -116,16 +118,17 @@ def reverse_kernel(
             size = step_sizes(deltas[i].to(dtype) + bias, SOFTPLUS)
             size = tl.where(t + i < last, size, 0)
             if z is not None:
-                g, _, _ = _gated(dys[i], zs[i], dtype)
+                g, gate, sigmoid = _gated(dys[i], zs[i], dtype)
             else:
-                g, _, _ = _gated(dys[i], None, dtype)
+                g, gate, sigmoid = _gated(dys[i], None, dtype)
             if not CONSTANT_C:
                 c = cs[i].to(dtype)[:, None]
             G = (G + g[None, :] * c) * tl.exp2(size[None, :] * a)
             total += size
     mask = (tl.arange(0, BN) < N)[:, None] & live[None, :]
-    tl.store(own_states(made, slot, channel, group_channels * groups, N, BN), G, mask=mask)
-    tl.store(sums + tl.cast(slot, tl.int64) * (group_channels * groups) + at, total, mask=live)
+    Di = tl.cast(group_channels, tl.int64) * groups
+    tl.store(own_states(made, slot, channel, Di, N, BN), G, mask=mask)
+    tl.store(sums + tl.cast(slot, tl.int64) * Di + at, total, mask=live)
 
 
 @triton.jit(do_not_specialize=_RUN_TIME)
@@ -164,14 +167,14 @@ def gradients_kernel(
 ):  # fmt: skip
     dtype: tl.constexpr = tl.float64 if u.dtype.element_ty == tl.float64 else tl.float32
     slot, group, channel, live = place_of(tl.program_id(0), group_channels, groups, BD)
-    Di = group_channels * groups
+    Di = tl.cast(group_channels, tl.int64) * groups
     s, batch, start, length, segment = segment_of_slot(slot, cu_seqlens, S, L, SEGMENT, SPLIT)
-    first = segment * SEGMENT
+    first = first_of_segment(segment, SEGMENT)
     last = tl.minimum(first + SEGMENT, length) if SPLIT else length
     if (segment < 0) | ((first >= length) & (segment > 0)):
         return
 
-    at = channel.to(tl.int64)
+    at = channel
     n = tl.arange(0, BN)
     mask = (n < N)[:, None] & live[None, :]
     blocks = tl.cdiv(group_channels, BD)
@@ -190,11 +193,11 @@ def gradients_kernel(
         z += batch * z_b + start * z_t + at
         dz += batch * L * Di + at
     if cu_seqlens is not None:
-        for side in tl.static_range(2):
-            after = side == 1
-            low = tl.cast(start + length if after else 0, tl.int64)
-            high = tl.cast(L if after else start, tl.int64)
-            if ((s == S - 1) & (last == length)) if after else ((s == 0) & (segment == 0)):
+        for side in tl.static_range(2):  # before the first sequence, behind the last
+            low = start * 0 if side == 0 else start + length
+            high = start if side == 0 else start * 0 + L
+            here = (s == 0) & (segment == 0) if side == 0 else (s == S - 1) & (last == length)
+            if here:
                 zero_steps(du, Di, low, high, live)
                 zero_steps(ddelta, Di, low, high, live)
                 if z is not None:
@@ -246,7 +249,7 @@ def gradients_kernel(
                 if not CONSTANT_B:
                     b = bs[i].to(dtype)[:, None]
                 h = tl.exp2(size[None, :] * a) * h + (size * us[i].to(dtype))[None, :] * b
-            tl.store(scratch + (r + 1) * (BN * BD), h)
+            tl.store(scratch + tl.cast(r + 1, tl.int64) * (BN * BD), h)
         tl.debug_barrier()
 
         for r in range(0, runs):
@@ -257,17 +260,13 @@ def gradients_kernel(
             dys = load_run(dy, dy_t, t, last, live, RUN)
             if z is not None:
                 zs = load_run(z, z_t, t, last, live, RUN)
-            if not CONSTANT_B:
-                bs = load_projections(B, B_t, t, last, N, BN, RUN)
-            if not CONSTANT_C:
-                cs = load_projections(C, C_t, t, last, N, BN, RUN)
-            h = tl.load(scratch + run * (BN * BD))
+            h = tl.load(scratch + tl.cast(run, tl.int64) * (BN * BD))
             sizes, kept = (), ()  # kept: the state before each step, and its decay
             for i in tl.static_range(RUN):
                 size = step_sizes(deltas[i].to(dtype) + bias, SOFTPLUS)
                 size = tl.where(t + i < last, size, 0)
                 if not CONSTANT_B:
-                    b = bs[i].to(dtype)[:, None]
+                    b = load_projections(B, B_t, t + i, last, N, BN, 1)[0].to(dtype)[:, None]
                 decay = tl.exp2(size[None, :] * a)
                 sizes = sizes + (size,)
                 kept = kept + (h, decay)
@@ -279,20 +278,21 @@ def gradients_kernel(
                 place = start + t + i
                 x = us[i].to(dtype)
                 written = sizes[i] * x
+                # Read again: they are in the first cache, and registers are short.
                 if not CONSTANT_B:
-                    b = bs[i].to(dtype)[:, None]
+                    b = load_projections(B, B_t, t + i, last, N, BN, 1)[0].to(dtype)[:, None]
                 if not CONSTANT_C:
-                    c = cs[i].to(dtype)[:, None]
+                    c = load_projections(C, C_t, t + i, last, N, BN, 1)[0].to(dtype)[:, None]
                 decayed = kept[2 * i + 1] * kept[2 * i]
                 h = decayed + written[None, :] * b
                 if z is not None:
                     g, gate, sigmoid = _gated(dys[i], zs[i], dtype)
-                    core = tl.sum(h * c, 0) + skip * x
+                    core = sum_over_states(h * c) + skip * x
                     slope = sigmoid * (1 + gate * (1 - sigmoid))
                     dgate = dys[i].to(dtype) * core * slope
                     tl.store(dz + place * Di, cast(dgate, dz.dtype.element_ty), mask=live & inside)
                 else:
-                    g, _, _ = _gated(dys[i], None, dtype)
+                    g, gate, sigmoid = _gated(dys[i], None, dtype)
                 sum_D += g * x
                 if CONSTANT_C:
                     sum_C += g[None, :] * h
@@ -304,11 +304,11 @@ def gradients_kernel(
                     sum_B += written[None, :] * G
                 elif dB is not None:
                     tl.store(dB + place * N, tl.sum(written[None, :] * G, 1), mask=(n < N) & inside)
-                along = tl.sum(G * b, 0)
+                along = sum_over_states(G * b)
                 E = G * decayed
                 sum_A += sizes[i][None, :] * E
                 tl.store(du + place * Di, cast(sizes[i] * along + skip * g, du.dtype.element_ty), mask=live & inside)
-                dsize = x * along + tl.sum(a * E, 0) * LN_2
+                dsize = x * along + sum_over_states(a * E) * LN_2
                 if SOFTPLUS:
                     dsize *= 1 / (1 + tl.exp(-(deltas[i].to(dtype) + bias)))
                 dsize = tl.where(inside, dsize, 0)
@@ -366,7 +366,7 @@ def backward(
     u, delta, z, dy = channels_last(u), channels_last(delta), channels_last(z), channels_last(dy)
     B, C = projection(B), projection(C)
     groups = next((w.shape[1] for w in (B, C) if w.dim() == 4), 1)
-    config = selective_scan_config("backward", N, Di // groups, u.dtype, arch())
+    config = selective_scan_config("backward", N, (B.dim() == 2) + (C.dim() == 2), arch())
     options = scan_constants(config, N, B, C, delta_softplus)
     BD, RUN = config.BD, config.BT
     per_group = cdiv(Di // groups, BD)
