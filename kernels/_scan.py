@@ -174,7 +174,7 @@ def projection_strides(w: torch.Tensor) -> tuple[int, ...]:
 
 def projection_alignment(*projections: torch.Tensor) -> int:
     """What divides the outer strides of B and C, so that kernels may load 16 bytes at once."""
-    outer = [s for w in projections if w.dim() == 4 for s in strides(w, 0, 1, 3)]
+    outer = [w.stride(axis) for w in projections if w.dim() == 4 for axis in (0, 1, 3) if w.shape[axis] > 1]
     return 8 if all(s % 8 == 0 for s in outer) else 1
 
 

@@ -71,11 +71,10 @@ def forward_kernel(
     D,  # [Di] or None
     z,  # [B, Di, L] or None
     delta_bias,  # [Di] or None
-    y,  # [B, Di, L], channels innermost; None to leave outputs, checkpoints and the entry state out
+    y,  # [B, Di, L], channels innermost
     entry,  # [S, or slots of segments, Di, N]: the states that enter, or None
-    final,  # [S, Di, N]; without y [slots of segments, Di, N], what they make from zero
+    final,  # [S, Di, N]
     states,  # [slots of checkpoints, N, Di] or None
-    sums,  # without y: [slots of segments, Di], the sum of a segment's step sizes
     cu_seqlens,  # [S + 1] or None
     L, S,
     SEGMENT,  # steps of a segment
@@ -104,29 +103,27 @@ def forward_kernel(
     skip = load_channels(D, D_d, channel, live, dtype)
     bias = load_channels(delta_bias, bias_d, channel, live, dtype)
     h = tl.zeros([BN, BD], dtype)
-    if y is not None:
-        if entry is not None:
-            entry += (tl.cast(slot, tl.int64) if SPLIT else s) * entry_s
-            h += load_states(entry, entry_d, entry_n, channel, live, N, BN, dtype)
-        if cu_seqlens is not None:
-            if (s == 0) & (segment == 0):
-                zero_steps(y + at, Di, 0, start, live)
-            if (s == S - 1) & (last == length):
-                zero_steps(y + at, Di, start + length, L, live)
-        y += (batch * L + start) * Di + at
-        states_mask = (tl.arange(0, BN) < N)[:, None] & live[None, :]
-        saved = first_of(cu_seqlens, s, start, L, CHECKPOINT)
-        if z is not None:
-            z += batch * z_b + start * z_t + at
-        if CONSTANT_C:
-            c = load_states(C, C_g, C_t, channel, live, N, BN, dtype)
-        else:
-            C += tl.multiple_of(batch * C_b, ALIGN) + group * C_g + start * C_t + tl.arange(0, BN)
+    if entry is not None:
+        entry += (tl.cast(slot, tl.int64) if SPLIT else s) * entry_s
+        h += load_states(entry, entry_d, entry_n, channel, live, N, BN, dtype)
+    if cu_seqlens is not None:
+        if (s == 0) & (segment == 0):
+            zero_steps(y + at, Di, 0, start, live)
+        if (s == S - 1) & (last == length):
+            zero_steps(y + at, Di, start + length, L, live)
+    y += (batch * L + start) * Di + at
+    if z is not None:
+        z += batch * z_b + start * z_t + at
     if CONSTANT_B:
         b = load_states(B, B_g, B_t, channel, live, N, BN, dtype)
     else:
         B += tl.multiple_of(batch * B_b, ALIGN) + group * B_g + start * B_t + tl.arange(0, BN)
-    total = tl.zeros([BD], dtype)
+    if CONSTANT_C:
+        c = load_states(C, C_g, C_t, channel, live, N, BN, dtype)
+    else:
+        C += tl.multiple_of(batch * C_b, ALIGN) + group * C_g + start * C_t + tl.arange(0, BN)
+    mask = (tl.arange(0, BN) < N)[:, None] & live[None, :]
+    saved = first_of(cu_seqlens, s, start, L, CHECKPOINT)
 
     # The next run is on its way while this one is worked on.
     us = load_run(u, u_t, first, last, live, RUN)
@@ -134,50 +131,96 @@ def forward_kernel(
     for t in range(first, last, RUN):
         if not CONSTANT_B:
             bs = load_projections(B, B_t, t, last, N, BN, RUN)
-        if y is not None:
-            if not CONSTANT_C:
-                cs = load_projections(C, C_t, t, last, N, BN, RUN)
-            if z is not None:
-                zs = load_run(z, z_t, t, last, live, RUN)
-            if states is not None:
-                if t % CHECKPOINT == 0:
-                    tl.store(own_states(states, saved + t // CHECKPOINT, channel, Di, N, BN), h, mask=states_mask)
+        if not CONSTANT_C:
+            cs = load_projections(C, C_t, t, last, N, BN, RUN)
+        if z is not None:
+            zs = load_run(z, z_t, t, last, live, RUN)
         next_us = load_run(u, u_t, t + RUN, last, live, RUN)
         next_deltas = load_run(delta, delta_t, t + RUN, last, live, RUN)
+        if states is not None:
+            if t % CHECKPOINT == 0:
+                tl.store(own_states(states, saved + t // CHECKPOINT, channel, Di, N, BN), h, mask=mask)
         for i in tl.static_range(RUN):
             size = step_sizes(deltas[i].to(dtype) + bias, SOFTPLUS)
             size = tl.where(t + i < last, size, 0)  # steps behind the end change nothing
             x = us[i].to(dtype)
             if not CONSTANT_B:
                 b = bs[i].to(dtype)[:, None]
+            if not CONSTANT_C:
+                c = cs[i].to(dtype)[:, None]
             h = tl.exp2(size[None, :] * a) * h + (size * x)[None, :] * b
-            if y is not None:
-                if not CONSTANT_C:
-                    c = cs[i].to(dtype)[:, None]
-                out = sum_over_states(h * c) + skip * x
-                if z is not None:
-                    gate = zs[i].to(dtype)
-                    out *= gate / (1 + tl.exp(-gate))
-                place = y + tl.cast(t + i, tl.int64) * Di
-                tl.store(place, cast(out, y.dtype.element_ty), mask=live & (t + i < last))
-            else:
-                total += size
+            out = sum_over_states(h * c) + skip * x
+            if z is not None:
+                gate = zs[i].to(dtype)
+                out *= gate / (1 + tl.exp(-gate))
+            place = y + tl.cast(t + i, tl.int64) * Di
+            tl.store(place, cast(out, y.dtype.element_ty), mask=live & (t + i < last))
         us = next_us
         deltas = next_deltas
+    if last == length:
+        place = at[None, :] * final_d + tl.arange(0, BN).to(tl.int64)[:, None] * final_n
+        tl.store(final + s * Di * N + place, h, mask=mask)
 
-    n = tl.arange(0, BN).to(tl.int64)[:, None]
-    mask = (n < N) & live[None, :]
-    if y is None:
-        tl.store(own_states(final, slot, channel, Di, N, BN), h, mask=mask)
-        tl.store(sums + tl.cast(slot, tl.int64) * Di + at, total, mask=live)
-    elif last == length:
-        tl.store(final + s * Di * N + at[None, :] * final_d + n * final_n, h, mask=mask)
+
+@triton.jit(do_not_specialize=_RUN_TIME)
+def segment_kernel(
+    u,  # [B, Di, L]
+    delta,  # [B, Di, L]
+    A,  # [Di, N]
+    B,  # [B, G, N, L], n innermost; constant: [Di, N]
+    delta_bias,  # [Di] or None
+    made,  # [slots of segments, N, Di]: what a segment makes from zero; written
+    sums,  # [slots of segments, Di]: the sum of its step sizes; written
+    cu_seqlens,  # [S + 1] or None
+    L, S, SEGMENT, group_channels, groups,
+    u_b, u_t, delta_b, delta_t, A_d, A_n, B_b, B_g, B_t, bias_d,  # strides
+    N: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr,
+    CONSTANT_B: tl.constexpr, SOFTPLUS: tl.constexpr,
+):  # fmt: skip
+    """What each segment does to the state that enters it."""
+    dtype: tl.constexpr = made.dtype.element_ty
+    slot, group, channel, live = place_of(tl.program_id(0), group_channels, groups, BD)
+    Di = tl.cast(group_channels, tl.int64) * groups
+    _, batch, start, length, segment = segment_of_slot(slot, cu_seqlens, S, L, SEGMENT, True)
+    first = first_of_segment(segment, SEGMENT)
+    last = tl.minimum(first + SEGMENT, length)
+    if (segment < 0) | ((first >= length) & (segment > 0)):
+        return
+    u += batch * u_b + start * u_t + channel
+    delta += batch * delta_b + start * delta_t + channel
+    a = load_states(A, A_d, A_n, channel, live, N, BN, dtype) * LOG2_E
+    bias = load_channels(delta_bias, bias_d, channel, live, dtype)
+    if CONSTANT_B:
+        b = load_states(B, B_g, B_t, channel, live, N, BN, dtype)
+    else:
+        B += tl.multiple_of(batch * B_b, ALIGN) + group * B_g + start * B_t + tl.arange(0, BN)
+    h = tl.zeros([BN, BD], dtype)
+    total = tl.zeros([BD], dtype)
+    us = load_run(u, u_t, first, last, live, RUN)
+    deltas = load_run(delta, delta_t, first, last, live, RUN)
+    for t in range(first, last, RUN):
+        if not CONSTANT_B:
+            bs = load_projections(B, B_t, t, last, N, BN, RUN)
+        next_us = load_run(u, u_t, t + RUN, last, live, RUN)
+        next_deltas = load_run(delta, delta_t, t + RUN, last, live, RUN)
+        for i in tl.static_range(RUN):
+            size = step_sizes(deltas[i].to(dtype) + bias, SOFTPLUS)
+            size = tl.where(t + i < last, size, 0)
+            if not CONSTANT_B:
+                b = bs[i].to(dtype)[:, None]
+            h = tl.exp2(size[None, :] * a) * h + (size * us[i].to(dtype))[None, :] * b
+            total += size
+        us = next_us
+        deltas = next_deltas
+    mask = (tl.arange(0, BN) < N)[:, None] & live[None, :]
+    tl.store(own_states(made, slot, channel, Di, N, BN), h, mask=mask)
+    tl.store(sums + tl.cast(slot, tl.int64) * Di + channel, total, mask=live)
 
 
 # ---------------------------------------------------------------------------------------------------- step
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["u_b", "delta_b", "z_b", "B_b", "C_b", "slots"])
 def step_kernel(
     u,  # [B, Di]
     delta,  # [B, Di]
@@ -271,21 +314,26 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, *, d
     segment = segment_steps(S * blocks, config.num_warps, S, u)
     slots = segment_slots(batch, L, cu_seqlens, segment)
     lengths = (cu_seqlens, L, S, segment or L)
-    fixed = (Di // groups, groups, *strides(u, 0, 2), *strides(delta, 0, 2), *strides(z, 0, 2), *A.stride())
-    fixed += (*projection_strides(B), *projection_strides(C), *strides(D, 0), *strides(delta_bias, 0))
     with on_device(u):
         entry = initial_state
         if segment:
             made, entry = (torch.empty(slots, N, Di, dtype=final.dtype, device=u.device) for _ in range(2))
             sums = torch.empty(slots, Di, dtype=final.dtype, device=u.device)
-            args = (u, delta, A, B, C, None, None, delta_bias, None, None, made, None, sums, *lengths, *fixed)
-            constants = constexprs(**options, SPLIT=True, CHECKPOINT=SCAN_CHECKPOINT, **config.options)
-            launch(forward_kernel, (slots * blocks,), (*args, 0, 0, 0, 0, 0), constants)
+            args = (
+                u, delta, A, B, delta_bias, made, sums, *lengths, Di // groups, groups, *strides(u, 0, 2),
+                *strides(delta, 0, 2), *A.stride(), *projection_strides(B), *strides(delta_bias, 0),
+            )  # fmt: skip
+            constants = {name: value for name, value in options.items() if name != "CONSTANT_C"}
+            launch(segment_kernel, (slots * blocks,), args, constexprs(**constants, **config.options))
             chain(made, sums, A, initial_state, entry, lengths, config, reverse=False)
             entry = entry.transpose(1, 2)
-        args = (u, delta, A, B, C, D, z, delta_bias, y, entry, final, states if save_states else None, None)
+        args = (
+            u, delta, A, B, C, D, z, delta_bias, y, entry, final, states if save_states else None, *lengths,
+            Di // groups, groups, *strides(u, 0, 2), *strides(delta, 0, 2), *strides(z, 0, 2), *A.stride(),
+            *projection_strides(B), *projection_strides(C), *strides(D, 0), *strides(delta_bias, 0),
+            *strides(entry, 0, 1, 2), *final.stride()[1:],
+        )  # fmt: skip
         constants = constexprs(**options, SPLIT=segment is not None, CHECKPOINT=SCAN_CHECKPOINT, **config.options)
-        args += (*lengths, *fixed, *strides(entry, 0, 1, 2), *final.stride()[1:])
         launch(forward_kernel, (slots * blocks,), args, constants)
     return y, final, states
 

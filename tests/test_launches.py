@@ -25,14 +25,21 @@ def names(launches):
 def test_launches():
     """The delta rule: two in inference, three at training at most, four in the backward; fla-core's chunks take five
     and seven, and further ones that add. The convolution: one, and in the backward a second that adds the parameters'
-    partial sums. A step: one. DeltaProduct's are the delta rule's."""
+    partial sums. A step: one. DeltaProduct's are the delta rule's. The scan: one each way, three where a sequence
+    is cut into segments; torch adds the backward's partial sums."""
     options = {"T": 1024, "l2norm": True}
-    delta, packed, product, conv = recorded(
+    delta, packed, product, conv, scan, cut = recorded(
         ("delta_rule", "bfloat16", DELTA | options),
         ("delta_rule", "bfloat16", DELTA | options | {"packed": True, "GVA": True}),
         ("delta_product", "bfloat16", DELTA | options | {"n": 3}),
         ("causal_conv1d", "bfloat16", {"W": 4, "silu": True, "bias": True}),
+        ("selective_scan", "bfloat16", {"N": 16, "softplus": True}),
+        ("selective_scan", "bfloat16", {"N": 16, "softplus": True, "B": 1, "T": 32768, "Di": 512, "split": True}),
     )
+    for passes, allowed in ((scan, 1), (cut, 3)):
+        for name in ("forward", "training", "backward"):
+            assert len(passes[name]) == allowed, names(passes[name])
+        assert len(passes["step"]) == 1, names(passes["step"])
     for passes in (delta, packed, product):
         assert len(passes["forward"]) <= 2, names(passes["forward"])
         assert len(passes["training"]) <= 3, names(passes["training"])
@@ -50,6 +57,13 @@ def test_no_grid_is_empty_or_too_wide():
     conv = ({"W": 4, "T": 0}, {"W": 4, "B": 0}, {"W": 4, "B": 70_000, "D": 1, "T": 1}, {"W": 4, "D": 70_000, "T": 1})
     requests = [("delta_rule", "bfloat16", options) for options in delta]
     requests += [("causal_conv1d", "bfloat16", options) for options in conv]
+    scan = (
+        {"N": 4, "T": 0},
+        {"N": 4, "B": 0},
+        {"N": 4, "T": 0, "packed": True},
+        {"N": 1, "B": 70_000, "T": 1, "Di": 1},
+    )
+    requests += [("selective_scan", "bfloat16", options) for options in scan]
     for passes in recorded(*requests):
         for launches in passes.values():
             for launch in launches:
@@ -130,6 +144,36 @@ def test_bytes_of_delta_product():
     for one, two, four, rows in zip(*(moved[n] for n in (1, 2, 4)), (3, 6), strict=True):
         assert two < 2 * one - rows * ROW
         assert abs((four - two) - 2 * (two - one)) < 1
+
+
+@pytest.mark.skipif(
+    _backend.why_not("selective_scan", "triton", "cpu", torch.float32, ()) is not None,
+    reason="needs Triton's interpreter",
+)
+def test_bytes_of_the_scan(interpreters_rows):
+    """Bytes a channel and step in bfloat16 at N = 16: u, delta, z and y once are 8, a state every 32 steps 2. The
+    backward reads five of them and writes three; its parts of dB and dC, one for 32 channels, are 4. The states before
+    each of its runs, and u and delta a second time, stay in the second cache ("all")."""
+    from fla_ops.kernels import selective_scan as op
+    from selective_scan_cases import TENSORS, random_inputs
+
+    interpreters_rows(False)
+    x = random_inputs(1, 64, 128, dtype=torch.bfloat16)
+    for name in ("u", "delta", "z"):
+        x[name] = x[name].transpose(1, 2).contiguous().transpose(1, 2)
+    inputs = [*(x[name] for name in TENSORS), None]
+    with watched_memory() as forward:
+        y, _, states = op.forward(*inputs, delta_softplus=True, save_states=True)
+    with watched_memory() as backward:
+        op.backward(*inputs, states, torch.ones_like(y), None, delta_softplus=True, needs=(True,) * 8 + (False,))
+    for name, launches, distinct_allowed, all_allowed in (
+        ("forward", forward, 12.5, 14),
+        ("backward", backward, 60, 100),
+    ):
+        distinct = sum(launch.distinct for launch in launches) / x["u"].numel()
+        every = sum(launch.loaded + launch.stored for launch in launches) / x["u"].numel()
+        print(f"{name}: {distinct:.2f} distinct, {every:.2f} all")
+        assert distinct <= distinct_allowed and every <= all_allowed, (name, distinct, every)
 
 
 @pytest.mark.parametrize("last", [True, False], ids=["channels last", "channels first"])

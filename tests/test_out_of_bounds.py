@@ -6,6 +6,8 @@ import torch
 from delta_product_cases import MICRO
 from delta_product_cases import random_inputs as product_inputs
 from delta_rule_cases import TENSORS, bounds, random_cotangents, random_inputs
+from selective_scan_cases import random_cotangents as scan_cotangents
+from selective_scan_cases import random_inputs as scan_inputs
 
 import fla_ops
 from fla_ops import _backend
@@ -170,6 +172,73 @@ def test_delta_rule_step(monkeypatch, shape):
         )
     assert launches and o.isfinite().all()
     assert state[[0, 4]].any() and not state[1:4].any()
+
+
+SCANS = {
+    "blocks that fit": {"Di": 64, "L": 32, "N": 16},
+    "nothing fits": {"batch": 2, "Di": 37, "L": 35, "N": 5},
+    "groups": {"batch": 1, "Di": 12, "L": 3, "N": 3, "G": 4},
+    "wide": {"batch": 1, "Di": 3, "L": 9, "N": 70},
+    "constants": {"batch": 2, "Di": 5, "L": 33, "N": 7, "constant": "BC"},
+}
+
+
+@in_interpreter("selective_scan")
+@pytest.mark.parametrize("lengths", [None, [0, 3, 0, 40, 2]], ids=["batch", "packed"])
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "segments"])
+@pytest.mark.parametrize("shape", SCANS.values(), ids=SCANS)
+def test_selective_scan(monkeypatch, interpreters_rows, shape, cut, lengths):
+    from fla_ops.kernels import selective_scan, selective_scan_backward
+
+    interpreters_rows(False)
+    if cut:
+        for module in (selective_scan, selective_scan_backward):
+            monkeypatch.setattr(module, "segment_steps", lambda *_: 32)
+    S = None
+    if lengths:
+        shape, S = shape | {"batch": 1, "L": sum(lengths)}, len(lengths)
+    x = scan_inputs(**shape, dtype=torch.bfloat16 if lengths else torch.float32, state=torch.float32, sequences=S)
+    dy, ds = (fenced(in_wider_rows(t)) for t in scan_cotangents(x, S))
+    leaf = {name: fenced(in_wider_rows(t)).requires_grad_() for name, t in x.items()}
+    cu = None if S is None else fenced(bounds(lengths))
+    options = {"delta_softplus": True, "output_final_state": True, "backend": "triton", "cu_seqlens": cu}
+    with watched_memory() as launches, fenced_allocations(monkeypatch):
+        y, final = fla_ops.selective_scan(**leaf, **options)
+        torch.autograd.backward([y, final], [dy, ds])
+        with torch.no_grad():
+            tokens = {name: fenced(t[..., 0]) if t.dim() > 2 else t for name, t in leaf.items()}
+            pool = fenced(in_wider_rows(torch.zeros(5, *final.shape[1:])))
+            del tokens["initial_state"]
+            slots = fenced(torch.tensor([4, -1][: len(tokens["u"])]))
+            tokens |= {"delta_softplus": True, "state": pool, "state_indices": slots}
+            step = fla_ops.selective_scan_step(**tokens, backend="triton")
+    assert launches
+    assert all(r.isfinite().all() for r in (y, final, step, *(t.grad for t in leaf.values())))
+    assert pool[4].any() and not pool[:4].any()
+
+
+@in_interpreter("selective_scan")
+@pytest.mark.parametrize("axis", range(3), ids=["batch", "channel", "step"])
+def test_selective_scan_offsets_beyond_32_bits(monkeypatch, axis):
+    """A far channel is copied: kernels read channels innermost."""
+    from fla_ops.kernels import _scan
+
+    monkeypatch.setattr(_scan, "FILL", 0)
+    x = scan_inputs(3, 3, 3, 2, G=3, dtype=torch.bfloat16)
+    near = [x[name].transpose(1, 2).contiguous().transpose(1, 2) for name in ("u", "delta", "z")]
+
+    def run(u, delta, z):
+        leaf = [t.detach().requires_grad_() for t in (u, delta, x["A"], x["B"], x["C"], x["D"])]
+        y = fla_ops.selective_scan(*leaf, z=z, delta_softplus=True, backend="triton").y
+        step = fla_ops.selective_scan_step(
+            u[..., 0], delta[..., 0], x["A"], x["B"][..., 0], x["C"][..., 0], z=z[..., 0], state=torch.zeros(3, 3, 2),
+            backend="triton",
+        )  # fmt: skip
+        return [y, *torch.autograd.grad(y.sum(), leaf), step]
+
+    expected = run(*near)
+    with watched_memory():
+        assert all(map(torch.equal, run(*far_apart(near, axis)), expected))
 
 
 CONVOLUTIONS = {

@@ -22,6 +22,10 @@ CASES = {
     "channels last": ("causal_conv1d", "bfloat16", {"W": 4, "D": 64, "B": 2}),
     "channels first": ("causal_conv1d", "bfloat16", {"W": 4, "D": 64, "B": 2, "time_last": True}),
     "odd channels first": ("causal_conv1d", "float32", {"W": 4, "D": 7, "B": 1, "time_last": True}),
+    "scan": ("selective_scan", "bfloat16", {"N": 16, "softplus": True, "Di": 64, "B": 2}),
+    "scan, channels first": ("selective_scan", "bfloat16", {"N": 16, "Di": 64, "B": 2, "time_last": True}),
+    "packed scan": ("selective_scan", "float32", {"N": 5, "Di": 30, "G": 2, "packed": True}),
+    "scan, split": ("selective_scan", "bfloat16", {"N": 16, "Di": 64, "B": 1, "split": True}),
     "packed convolution": ("causal_conv1d", "bfloat16", {"W": 4, "D": 64, "packed": True, "bias": True}),
 }
 
