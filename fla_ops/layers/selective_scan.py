@@ -183,20 +183,18 @@ class Mamba(SequenceMixer):
         return_state: bool = False,
     ) -> torch.Tensor | LayerOutput:
         if self.token_reorder:
-            given = {"attention_mask": attention_mask, "cu_seqlens": cu_seqlens, "state": state}
-            given["return_state"] = return_state or None
-            self._refuse_reordered(*(name for name, value in given.items() if value is not None))
+            self._refuse(attention_mask=attention_mask, cu_seqlens=cu_seqlens, state=state, return_state=return_state)
         options = {"attention_mask": attention_mask, "cu_seqlens": cu_seqlens}
         return super().forward(x, **options, state=state, return_state=return_state)
 
     forward.__doc__ = SequenceMixer.forward.__doc__
 
-    def _refuse_reordered(self, *names: str) -> None:
-        if names:
-            raise ValueError(
-                f"{type(self).__name__}: '{names[0]}' cannot be used with token_reorder=True, which is not causal: "
-                "every output depends on every token of whole, unpadded sequences."
-            )
+    def _refuse(self, **options: object) -> None:
+        """What a layer with token_reorder=True cannot take: every output depends on all tokens of a whole sequence."""
+        for name, value in options.items():
+            if value is not None and value is not False:
+                op, hint = type(self).__name__, "The reordering is not causal: it needs whole, unpadded sequences."
+                raise _checks.bad(ValueError, op, name, "left out with token_reorder=True", type(value).__name__, hint)
 
     def _sequence(self, x, cu_seqlens, state, return_state):
         y, state = self._inner(self.in_proj(x), cu_seqlens, state, return_state)
@@ -237,7 +235,7 @@ class Mamba(SequenceMixer):
 
     def _token(self, x, state):
         if self.token_reorder:
-            self._refuse_reordered("step")
+            self._refuse(state=state)
         return self.out_proj(self._inner_token(self.in_proj(x), state))
 
     def _inner_token(self, xz: torch.Tensor, state: LayerState) -> torch.Tensor:
