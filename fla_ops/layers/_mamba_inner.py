@@ -163,9 +163,10 @@ class _MambaInner(torch.autograd.Function):
 
 def _gradients(ends: list[tuple[torch.Tensor, torch.Tensor]], leaves: tuple[torch.Tensor | None, ...]) -> list:
     """The gradient of each leaf that needs one, None for the others; `ends` are outputs with their gradients."""
-    found = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
-    if found and ends:
-        grads = iter(torch.autograd.grad(*zip(*ends, strict=True), inputs=found, allow_unused=True))
-    else:
-        grads = iter([None] * len(found))
+    needed = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+    found = [None] * len(needed)
+    if needed and ends:
+        outputs, cotangents = zip(*ends, strict=True)
+        found = torch.autograd.grad(outputs, needed, cotangents, allow_unused=True)
+    grads = iter(found)
     return [next(grads) if leaf is not None and leaf.requires_grad else None for leaf in leaves]
