@@ -330,7 +330,7 @@ def test_recomputing_under_autocast(low, compiled, fused):
 
 
 def test_a_backward_inside_of_autocast_recomputes_in_the_forwards_precision(compiled, fused):
-    """torch runs out_proj's own backward in low precision then; the recomputed tensors must still fit the saved ones."""
+    """torch runs out_proj's backward in low precision then; what is recomputed must still fit what was saved."""
     layer, x = make(torch.float32, compiled), tokens(2, 20, dtype=torch.float32)
 
     def gradient(context):
