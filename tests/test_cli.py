@@ -166,7 +166,7 @@ def test_the_demos_baseline_is_the_same_model(mixer):
     tokens = torch.randint(256, (2, 70))
     with torch.no_grad():
         expected = model(tokens)[0]
-        with _layers_on(plain_torch()[1]):
+        with _layers_on(plain_torch(mixer)[1]):
             found = model(tokens)[0]
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
