@@ -70,8 +70,11 @@ def mamba_inner(
 ) -> tuple[torch.Tensor, InnerStates]:
     """xz `[B, L, 2 Di]` -> (y `[B, L, Di]`, the states after the last token, None unless asked for).
 
-    `scan` comes from `recomputing_scan`. Shapes are the caller's care.
+    `scan` comes from `recomputing_scan`. The weights' shapes are the caller's care.
     """
+    count = xz.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sizes = {"S": count, "Di": weights.A.shape[0], "N": weights.A.shape[1]}
+    _checks.initial_state("Mamba", states.recurrent, sizes, xz.device, "S")
     # The casts that autocast would make are made here, outside of the node, which then never meets autocast.
     xz, x_weight, dt_weight = _checks.autocast(xz, weights.x_weight, weights.dt_weight)
     weights = weights._replace(x_weight=x_weight, dt_weight=dt_weight)
