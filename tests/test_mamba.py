@@ -149,6 +149,23 @@ def test_extreme_step_sizes_and_rates_are_finite(A_log, dt):
     assert all(p.grad.isfinite().all() for p in layer.parameters())
 
 
+@pytest.mark.parametrize("dt", [-3.0, 0.0, 30.0])
+def test_two_starts_come_together_as_the_decays_say(dt):
+    """The difference of two states shrinks by exactly exp(sum delta A) (arXiv 2406.00209): nothing else touches it."""
+    layer, x = make(), tokens(2, 8)
+    with torch.no_grad():
+        layer.dt_proj.bias.fill_(dt)
+        one, other = random_state(layer, 2), random_state(layer, 2)
+        other = other._replace(conv=one.conv, recurrent=other.recurrent * 3 + 1)
+        ends = [layer(x, state=state, return_state=True).state.recurrent for state in (one, other)]
+        u, _ = layer.conv1d(layer.in_proj(x)[..., : layer.d_inner], state=one.conv)
+        delta, bias, *_ = layer._selected(u)
+    decay = (F.softplus(delta + bias).sum(1)[..., None] * layer._rates_and_skip()[0]).exp()
+    assert (decay >= 0).all() and (decay <= 1).all()
+    difference = decay * (one.recurrent - other.recurrent)
+    assert (ends[0] - ends[1] - difference).abs().max() < 1e-12 * ends[0].abs().max()
+
+
 # The same weights in transformers.
 
 
