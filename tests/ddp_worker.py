@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank of test_torch_integration's data-parallel test: `ddp_worker.py RANK WORLD FILE BACKEND RESULT`.
+"""One rank of test_torch_integration's data-parallel test: `ddp_worker.py RANK WORLD FILE BACKEND RESULT MODEL`.
 
 Saves the gradients that this rank holds after one backward over its share of the batch.
 """
@@ -10,7 +10,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import fla_ops
-from fla_ops.layers import GatedDeltaNet
+from fla_ops.layers import GatedDeltaNet, Mamba
 
 
 class Mixer(torch.nn.Module):
@@ -31,11 +31,19 @@ class Mixer(torch.nn.Module):
         return self.out(o.flatten(-2))
 
 
-def two_layers(backend):
+def delta_rules(backend):
     """The op by hand, then the layer."""
     return torch.nn.Sequential(
         Mixer(backend=backend), GatedDeltaNet(hidden_size=16, num_heads=2, head_dim=8, backend=backend)
     )
+
+
+def mamba(backend):
+    """A layer whose backward runs a backward of its own inside."""
+    return torch.nn.Sequential(Mamba(16, d_state=4, backend=backend))
+
+
+MODELS = {"delta_rules": delta_rules, "mamba": mamba}
 
 
 def gradients(model, x):
@@ -43,11 +51,11 @@ def gradients(model, x):
     return [p.grad for p in model.parameters()]
 
 
-def main(rank, world, file, backend, result):
+def main(rank, world, file, backend, result, model):
     rank, world = int(rank), int(world)
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
     torch.manual_seed(0)
-    model, x = two_layers(backend), torch.randn(world, 70, 16)
+    model, x = MODELS[model](backend), torch.randn(world, 70, 16)
     found = gradients(DistributedDataParallel(model), x[rank : rank + 1])
     torch.save(found, f"{result}.{rank}")
     torch.distributed.destroy_process_group()

@@ -14,7 +14,7 @@ import torch
 import fla_ops
 from fla_ops import cli
 from fla_ops.commands import demo_text
-from fla_ops.commands.demo_model import WIDTH, LanguageModel
+from fla_ops.commands.demo_model import WIDTH, LanguageModel, output_projection
 from fla_ops.commands.demo_speed import _layers_on, chunked_delta_rule, plain_torch, product_by
 from fla_ops.reference.delta_product import delta_product as reference_delta_product
 from fla_ops.reference.delta_rule import delta_rule as reference_delta_rule
@@ -134,7 +134,7 @@ def test_the_demos_own_chunked_form_is_the_delta_rule():
 
 def test_the_demos_mixers_are_of_one_size():
     sizes = {name: sum(p.numel() for p in build(WIDTH, "auto").parameters()) for name, build in cli.MIXERS.items()}
-    assert set(sizes) == {"deltanet", "gated_deltanet", "gated_delta_product"}
+    assert set(sizes) == {"deltanet", "gated_deltanet", "gated_delta_product", "mamba"}
     assert all(80_000 < size < 90_000 for size in sizes.values()), sizes
 
 
@@ -161,12 +161,12 @@ def test_the_demos_baseline_is_the_same_model(mixer):
     model = LanguageModel(mixer, "reference")
     with torch.no_grad():
         for block in model.blocks:  # blocks start as the identity
-            block.mixer.o_proj.weight.normal_(std=0.1)
+            output_projection(block.mixer).weight.normal_(std=0.1)
             block.mlp.down.weight.normal_(std=0.1)
     tokens = torch.randint(256, (2, 70))
     with torch.no_grad():
         expected = model(tokens)[0]
-        with _layers_on(plain_torch()[1]):
+        with _layers_on(plain_torch(mixer)[1]):
             found = model(tokens)[0]
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adapters: the peers' signatures, and their documented semantics on top of our ops."""
+"""The adapters: the peers' signatures, and their documented semantics on top of our ops. mamba-ssm's semantics:
+test_compat_mamba.py."""
 
 import inspect
 
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 import fla_ops
 from fla_ops import _backend
 from fla_ops.compat import causal_conv1d as cc1d
-from fla_ops.compat import fla
+from fla_ops.compat import fla, mamba_ssm
 from fla_ops.reference.delta_rule import delta_rule as reference
 from fla_ops.reference.delta_rule_general import delta_rule_general
 
@@ -57,8 +58,8 @@ def assert_close(actual, expected, bound=2e-12):
         assert (actual - expected).abs().max().item() <= bound * max(expected.abs().max().item(), 1e-3)
 
 
-# Signatures, from the wheels of fla-core 0.6.0 and the source of causal-conv1d 1.7.0. Behind "|" stand the keywords
-# that fla takes out of its **kwargs.
+# Signatures, from the wheels of fla-core 0.6.0 and the sources of causal-conv1d 1.7.0 and mamba-ssm 2.3.2. Behind "|"
+# stand the keywords that fla takes out of its **kwargs.
 NO = inspect.Parameter.empty
 CHUNK = {"scale": None, "initial_state": None, "output_final_state": False, "use_qk_l2norm_in_kernel": False}
 SIGNATURES = [
@@ -124,6 +125,41 @@ SIGNATURES = [
         cc1d.causal_conv1d_update,
         {"x": NO, "conv_state": NO, "weight": NO, "bias": None, "activation": None}
         | {"cache_seqlens": None, "conv_state_indices": None},
+        {},
+    ),
+    (
+        mamba_ssm.selective_scan_fn,
+        dict.fromkeys(["u", "delta", "A", "B", "C"], NO)
+        | {"D": None, "z": None, "delta_bias": None, "delta_softplus": False, "return_last_state": False},
+        {},
+    ),
+    (
+        mamba_ssm.mamba_inner_fn,
+        dict.fromkeys(["xz", "conv1d_weight", "conv1d_bias", "x_proj_weight", "delta_proj_weight"], NO)
+        | dict.fromkeys(["out_proj_weight", "out_proj_bias", "A"], NO)
+        | {"B": None, "C": None, "D": None, "delta_bias": None, "B_proj_bias": None, "C_proj_bias": None}
+        | {"delta_softplus": True, "checkpoint_lvl": 1, "b_rms_weight": None, "c_rms_weight": None}
+        | {"dt_rms_weight": None, "b_c_dt_rms_eps": 1e-6},
+        {},
+    ),
+    (
+        mamba_ssm.selective_state_update,
+        dict.fromkeys(["state", "x", "dt", "A", "B", "C"], NO)
+        | {"D": None, "z": None, "dt_bias": None, "dt_softplus": False, "state_batch_indices": None},
+        {},
+    ),
+    (
+        mamba_ssm.Mamba,
+        {"d_model": NO, "d_state": 16, "d_conv": 4, "expand": 2, "dt_rank": "auto", "dt_min": 0.001, "dt_max": 0.1}
+        | {"dt_init": "random", "dt_scale": 1.0, "dt_init_floor": 1e-4, "conv_bias": True, "bias": False}
+        | {"use_fast_path": True, "layer_idx": None, "device": None, "dtype": None},
+        {},
+    ),
+    (mamba_ssm.Mamba.forward, {"self": NO, "hidden_states": NO, "inference_params": None}, {}),
+    (mamba_ssm.Mamba.step, dict.fromkeys(["self", "hidden_states", "conv_state", "ssm_state"], NO), {}),
+    (
+        mamba_ssm.Mamba.allocate_inference_cache,
+        {"self": NO, "batch_size": NO, "max_seqlen": NO, "dtype": None},
         {},
     ),
 ]

@@ -24,7 +24,15 @@ def test_readme_has_blocks():
     assert BLOCKS
 
 
-@pytest.mark.parametrize("name", ["fla_ops.layers.delta_rule", "fla_ops.layers.delta_product", "fla_ops._param_groups"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fla_ops.layers.delta_rule",
+        "fla_ops.layers.delta_product",
+        "fla_ops.layers.selective_scan",
+        "fla_ops._param_groups",
+    ],
+)
 def test_docstring_examples_run(name):
     found = doctest.testmod(importlib.import_module(name))
     assert found.attempted and not found.failed

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DeltaNet, GatedDeltaNet and GatedDeltaProduct: names, states, masks, wrapped submodules, and the rest of PyTorch."""
+"""The layers: names, states, masks, wrapped submodules, and the rest of PyTorch. What is Mamba's own: test_mamba.py."""
 
 import copy
 import doctest
@@ -8,13 +8,25 @@ import pickle
 
 import pytest
 import torch
+from selective_scan_cases import scan_missing
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fla_ops
-from fla_ops.layers import DeltaNet, GatedDeltaNet, GatedDeltaProduct, LayerState
+from fla_ops.layers import DeltaNet, GatedDeltaNet, GatedDeltaProduct, LayerState, Mamba
 
 D = 24
+
+
+@pytest.fixture
+def backend(request, backend):
+    """Backends that have no kernel of the scan are none of Mamba's."""
+    parameters = request.node.callspec.params
+    if parameters.get("variant", "").startswith("mamba"):
+        missing = scan_missing(parameters["backend"])
+        if missing:
+            pytest.skip(missing)
+    return backend
 
 
 def delta_net(**options):
@@ -27,6 +39,10 @@ def gated_delta_net(**options):
 
 def gated_delta_product(**options):
     return GatedDeltaProduct(**({"hidden_size": D, "head_dim": 6, "num_heads": 2, "num_v_heads": 4} | options))
+
+
+def mamba(**options):
+    return Mamba(**({"d_model": D, "d_state": 5} | options))
 
 
 # Every option is somewhere; K != V, grouped value heads and conv widths 1 to 5 among them.
@@ -46,15 +62,23 @@ VARIANTS = {
     ),
     "product-no-conv": lambda **o: gated_delta_product(use_short_conv=False, use_forget_gate=False, **o),
     "product-1": lambda **o: gated_delta_product(num_householder=1, expand_v=0.5, **o),
+    "mamba": lambda **o: mamba(**o),
+    "mamba-bias": lambda **o: mamba(d_conv=2, expand=1.5, dt_rank=3, conv_bias=False, bias=True, **o),
+    "mamba-width-1": lambda **o: mamba(d_conv=1, d_state=1, dt_init="constant", **o),
+    "mamba-positive": lambda **o: mamba(d_conv=5, positive_io=True, **o),
 }
-MAIN = ("delta-gate-bias", "gated", "product")
+MAIN = ("delta-gate-bias", "gated", "product", "mamba")
 
 
 def make(variant, backend="reference", dtype=torch.float64, **options):
     torch.manual_seed(0)
     layer = VARIANTS[variant](backend=backend, dtype=dtype, **options)
-    with torch.no_grad():  # leave the ones of the norm, so that a forgotten weight shows
-        layer.o_norm.weight.uniform_(0.5, 1.5)
+    with torch.no_grad():  # leave the ones of the norm and the skip, and tiny steps, so that a forgotten weight shows
+        if isinstance(layer, Mamba):
+            layer.D.uniform_(0.5, 1.5)
+            layer.dt_proj.bias.uniform_(-2, 1)
+        else:
+            layer.o_norm.weight.uniform_(0.5, 1.5)
     return layer
 
 
@@ -110,6 +134,17 @@ GATED = {
     "o_norm.weight": (16,),
     "o_proj.weight": (32, 64),
 }
+MAMBA = {  # as mamba-ssm 2.3 and transformers 5.23 print them
+    "A_log": (64, 16),
+    "D": (64,),
+    "in_proj.weight": (128, 32),
+    "conv1d.weight": (64, 1, 4),
+    "conv1d.bias": (64,),
+    "x_proj.weight": (34, 64),
+    "dt_proj.weight": (64, 2),
+    "dt_proj.bias": (64,),
+    "out_proj.weight": (32, 64),
+}
 TABLE = [
     (DeltaNet, {}, qkv(32, 32, 32) | DELTA),
     (
@@ -145,12 +180,27 @@ TABLE = [
         {"head_dim": 8, "num_heads": 4, "use_short_conv": False, "num_householder": 1},
         qkv(32, 32, 64, 0) | GATED,
     ),
+    (Mamba, {}, MAMBA),
+    (
+        Mamba,
+        {"d_state": 5, "d_conv": 3, "dt_rank": 7, "conv_bias": False, "bias": True},
+        {k: v for k, v in MAMBA.items() if k != "conv1d.bias"}
+        | {"A_log": (64, 5), "conv1d.weight": (64, 1, 3), "x_proj.weight": (17, 64), "dt_proj.weight": (64, 7)}
+        | {"in_proj.bias": (128,), "out_proj.bias": (32,)},
+    ),
+    (
+        Mamba,
+        {"positive_io": True, "token_reorder": True},
+        {k: v for k, v in MAMBA.items() if k != "x_proj.weight"}
+        | {"x_proj.dt_weight": (2, 64), "x_proj.shared_weight": (16, 64), "x_proj.scale": (16,)}
+        | {"reorder.weight": (64,)},
+    ),
 ]
 
 
 @pytest.mark.parametrize(("cls", "options", "shapes"), TABLE)
 def test_state_dict_names_and_shapes(cls, options, shapes):
-    layer = cls(hidden_size=32, **options)
+    layer = cls(32, **options)
     assert {k: tuple(v.shape) for k, v in layer.state_dict().items()} == shapes
     assert all(v.dtype == torch.float32 for v in layer.state_dict().values())
 
@@ -392,7 +442,10 @@ class LoRA(nn.Module):
 def test_wrapped_linears_take_effect(variant, backend):
     x = tokens(2, 5)
     names = [name for name, m in make(variant).named_children() if isinstance(m, nn.Linear)]
-    assert {"q_proj", "k_proj", "v_proj", "b_proj", "g_proj", "o_proj"} <= set(names)
+    mambas = {"in_proj", "x_proj", "dt_proj", "out_proj"}
+    assert (mambas if variant == "mamba" else {"q_proj", "k_proj", "v_proj", "b_proj", "g_proj", "o_proj"}) <= set(
+        names
+    )
     for name in names:
         layer = make(variant, backend)
         plain = layer(x)
@@ -466,10 +519,16 @@ def marked(layer):
     return {name for name, p in layer.named_parameters() if getattr(p, "_no_weight_decay", False)}
 
 
-@pytest.mark.parametrize("variant", ["gated", "product"])
-def test_marks_survive_and_param_groups_obeys_them(variant):
+@pytest.mark.parametrize(
+    ("variant", "names"),
+    [
+        ("gated", {"A_log", "dt_bias"}),
+        ("product", {"A_log", "dt_bias"}),
+        ("mamba", {"A_log", "D", "dt_proj.bias"}),
+    ],
+)
+def test_marks_survive_and_param_groups_obeys_them(variant, names):
     layer = make(variant, dtype=torch.float32)
-    names = {"A_log", "dt_bias"}
     assert marked(layer) == names and marked(make("delta")) == marked(make("product-no-conv")) == set()
     assert marked(copy.deepcopy(layer)) == names
     assert marked(pickle.loads(pickle.dumps(layer))) == names
@@ -481,8 +540,10 @@ def test_marks_survive_and_param_groups_obeys_them(variant):
     model[1].bias.requires_grad_(False)
     decay, keep = fla_ops.param_groups(model, 0.1)
     assert decay["weight_decay"] == 0.1 and keep["weight_decay"] == 0.0
-    assert {id(p) for p in keep["params"]} == {id(layer.A_log), id(layer.dt_bias)}
-    assert len(decay["params"]) == len(list(model.parameters())) - 3
+    assert {id(p) for p in keep["params"]} == {id(layer.get_parameter(name)) for name in names}
+    assert len(decay["params"]) == len(list(model.parameters())) - 1 - len(names)
+    nn.Sequential(other).load_state_dict({f"0.{k}": v for k, v in layer.state_dict().items()}, assign=True)
+    assert marked(other) == names
     torch.optim.AdamW(fla_ops.param_groups(make("delta"), 0.1))
 
 
@@ -608,9 +669,9 @@ def test_compiles_without_a_graph_break(variant, backend):
 
 def test_docstrings():
     from fla_ops import _param_groups
-    from fla_ops.layers import delta_product, delta_rule
+    from fla_ops.layers import delta_product, delta_rule, selective_scan
 
-    for module in (delta_product, delta_rule, _param_groups):
+    for module in (delta_product, delta_rule, selective_scan, _param_groups):
         result = doctest.testmod(module)
         assert result.attempted and not result.failed
 
@@ -620,7 +681,7 @@ def test_docstrings():
 CU = torch.tensor([0, 3, 5])
 BAD_CALLS = [
     (ValueError, "'x' must be of shape", lambda l: l(tokens(5))),
-    (ValueError, f"hidden_size={D}", lambda l: l(tokens(1, 5)[..., :-1])),
+    (ValueError, f"(hidden_size|d_model)={D}", lambda l: l(tokens(1, 5)[..., :-1])),
     (TypeError, "'x' must be a tensor", lambda l: l([1.0])),
     (
         ValueError,
@@ -642,7 +703,7 @@ BAD_CALLS = [
 ]
 
 
-@pytest.mark.parametrize("variant", ["gated", "product"])
+@pytest.mark.parametrize("variant", ["gated", "product", "mamba"])
 @pytest.mark.parametrize(("error", "message", "call"), BAD_CALLS)
 def test_bad_calls(error, message, call, variant):
     with pytest.raises(error, match=message):
@@ -660,6 +721,14 @@ BAD_LAYERS = [
     ("GatedDeltaProduct: argument 'num_householder' must be", lambda: GatedDeltaProduct(32, num_householder=0)),
     ("'num_v_heads' must be", lambda: GatedDeltaProduct(hidden_size=32, num_heads=4, num_v_heads=6)),
     ("'expand_v' must be", lambda: GatedDeltaProduct(hidden_size=32, head_dim=7, expand_v=1.3)),
+    ("'d_model' must be", lambda: Mamba(0)),
+    ("'d_state' must be", lambda: Mamba(32, 0)),
+    ("'d_conv' must be", lambda: Mamba(32, d_conv=9)),
+    ("'expand' must be", lambda: Mamba(32, expand=0.01)),
+    ("'dt_rank' must be", lambda: Mamba(32, dt_rank=0)),
+    ("'dt_init' must be", lambda: Mamba(32, dt_init="normal")),
+    ("'dt_min' must be", lambda: Mamba(32, dt_min=0.1, dt_max=0.01)),
+    ("'d_state' must be at most Di=8", lambda: Mamba(4, 9, positive_io=True)),
 ]
 
 

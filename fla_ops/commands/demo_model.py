@@ -7,18 +7,25 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..layers import DeltaNet, GatedDeltaNet, GatedDeltaProduct
+from ..layers import DeltaNet, GatedDeltaNet, GatedDeltaProduct, Mamba
 
 WIDTH, DEPTH, HIDDEN = 128, 3, 192
 
-# name -> (width, backend) -> layer. About 80 thousand parameters each, so smaller heads for more keys and values.
+# name -> (width, backend) -> layer. About 80 thousand parameters each: smaller heads for more keys and values, and
+# fewer channels than the usual two a width for Mamba.
 MIXERS: dict[str, Callable[[int, str], nn.Module]] = {
     "deltanet": lambda d, backend: DeltaNet(d, num_heads=d // 64, use_gate=True, backend=backend),
     "gated_deltanet": lambda d, backend: GatedDeltaNet(d, expand_v=1, head_dim=64, num_heads=d // 64, backend=backend),
     "gated_delta_product": lambda d, backend: GatedDeltaProduct(
         d, expand_v=1, head_dim=48, num_heads=d // 64, backend=backend
     ),
+    "mamba": lambda d, backend: Mamba(d, expand=1.5, backend=backend),
 }
+
+
+def output_projection(mixer: nn.Module) -> nn.Linear:
+    """The last Linear of a layer."""
+    return mixer.out_proj if isinstance(mixer, Mamba) else mixer.o_proj
 
 
 class SwiGLU(nn.Module):
@@ -38,7 +45,7 @@ class Block(nn.Module):
         self.mixer_norm, self.mixer = nn.RMSNorm(WIDTH, 1e-5), MIXERS[mixer](WIDTH, backend)
         self.mlp_norm, self.mlp = nn.RMSNorm(WIDTH, 1e-5), SwiGLU(WIDTH, HIDDEN)
         # Every block starts as the identity.
-        nn.init.zeros_(self.mixer.o_proj.weight)
+        nn.init.zeros_(output_projection(self.mixer).weight)
         nn.init.zeros_(self.mlp.down.weight)
 
     def forward(self, x: torch.Tensor, state):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training speed of the demo's model on our kernels, on the naive reference, and on a chunked form in plain torch."""
+"""Training speed of the demo's model on our kernels, on the naive reference, and on what plain torch has to offer."""
 
 import contextlib
 import statistics
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from ..layers import _conv as conv_layer
 from ..layers import delta_product as product_layer
 from ..layers import delta_rule as delta_layer
+from ..layers import selective_scan as scan_layer
 from .bench_cases import transformers_delta_rule
 from .demo_model import LanguageModel
 from .demo_train import ROWS, WINDOW, Optimizer, train_step
@@ -64,8 +65,41 @@ def _own(q, k, v, beta, g, state):
     return chunked_delta_rule(q, k, v, beta, g, state)
 
 
-def plain_torch() -> tuple[str, object]:
-    """(name, function) of the plain-torch chunked form: transformers' where it is installed, else our own."""
+def stepwise_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    *,
+    z: Tensor,
+    delta_bias: Tensor,
+    initial_state: Tensor | None,
+    **_,
+) -> tuple[Tensor, Tensor]:
+    """The selective scan with torch operators, everything but the recurrence on all steps at once.
+
+    Of such forms a loop is the fastest on a CPU, forward and backward, if no step takes a slice: the gradient of each
+    would be as long as the sequence. Two forms of a parallel scan took two to five times as long.
+    """
+    delta = F.softplus(delta + delta_bias[:, None])
+    decays = (delta[..., None] * A[:, None]).exp().unbind(2)
+    writes = ((delta * u)[..., None] * B.transpose(1, 2)[:, None]).unbind(2)
+    h = torch.zeros_like(writes[0]) if initial_state is None else initial_state
+    states = []
+    for decay, write in zip(decays, writes, strict=True):
+        h = decay * h + write
+        states.append(h)
+    y = torch.einsum("bdln,bnl->bdl", torch.stack(states, 2), C) + D[:, None] * u
+    return y * F.silu(z), h
+
+
+def plain_torch(mixer: str) -> tuple[str, object]:
+    """(name, function for the delta rule) of what one has without kernels: the chunked form, transformers' where it is
+    installed, else our own; for Mamba the step loop."""
+    if mixer == "mamba":
+        return "plain torch, step by step", None
     found = transformers_delta_rule()
     if isinstance(found, str):
         return "plain torch, chunked", _own
@@ -96,6 +130,8 @@ def _layers_on(function) -> Iterator[None]:
         return (F.silu(y) if activation else y), x[..., 1 - weight.shape[1] :]
 
     with (
+        mock.patch.object(scan_layer, "selective_scan", stepwise_scan),
+        mock.patch.object(scan_layer, "recomputing_scan", lambda *_: None),
         mock.patch.object(delta_layer, "delta_rule", delta),
         mock.patch.object(product_layer, "delta_product", product),
         mock.patch.object(conv_layer, "causal_conv1d", conv),
@@ -105,7 +141,7 @@ def _layers_on(function) -> Iterator[None]:
 
 def training_speed(model: LanguageModel, mixer: str, tokens: Tensor, seconds: float) -> dict[str, float]:
     """Name -> training tokens a second, from medians of steps that take turns for about `seconds` each."""
-    plain, function = plain_torch()
+    plain, function = plain_torch(mixer)
     runs = {
         "fla_ops kernels": ("auto", contextlib.nullcontext()),
         plain: ("auto", None),

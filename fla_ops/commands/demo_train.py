@@ -91,8 +91,12 @@ class Optimizer:
     """Muon for the matrices inside the blocks, AdamW for everything else, one schedule for both."""
 
     def __init__(self, model: LanguageModel):
-        # A gate's projection has a row a head: too few for its directions to matter.
-        inside = [p for p in model.blocks.parameters() if p.ndim == 2 and min(p.shape) >= 16]
+        # A gate's projection has a row a head: too few for its directions to matter. Mamba's A_log is a table of rates.
+        inside = [
+            p
+            for p in model.blocks.parameters()
+            if p.ndim == 2 and min(p.shape) >= 16 and not hasattr(p, "_no_weight_decay")
+        ]
         chosen = {id(p) for p in inside}
         others = [p for p in model.parameters() if id(p) not in chosen]
         self.parts = [

@@ -4,5 +4,6 @@
 from ._state import LayerOutput, LayerState
 from .delta_product import GatedDeltaProduct
 from .delta_rule import DeltaNet, GatedDeltaNet
+from .selective_scan import Mamba
 
-__all__ = ["DeltaNet", "GatedDeltaNet", "GatedDeltaProduct", "LayerOutput", "LayerState"]
+__all__ = ["DeltaNet", "GatedDeltaNet", "GatedDeltaProduct", "LayerOutput", "LayerState", "Mamba"]

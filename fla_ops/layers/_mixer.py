@@ -13,11 +13,16 @@ class SequenceMixer(nn.Module):
     """A layer `[B, T, d] -> [B, T, d]` with a recurrent state.
 
     A family implements `_sequence`, `_token` and `_state_sizes`, and names in `undecayed` the parameters that weight
-    decay must leave alone.
+    decay must leave alone, those of a submodule as "name.parameter".
     """
 
     undecayed: tuple[str, ...] = ()
+    width_name = "hidden_size"  # what the family calls d
     hidden_size: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_load_state_dict_post_hook(_mark_again)
 
     def forward(
         self,
@@ -136,7 +141,7 @@ class SequenceMixer(nn.Module):
 
     def _check_input(self, op: str, name: str, x: torch.Tensor, lead: tuple[str, ...]) -> None:
         _checks.tensor(op, name, x)
-        _checks.shape(op, name, x, dict.fromkeys(lead) | {"hidden_size": self.hidden_size})
+        _checks.shape(op, name, x, dict.fromkeys(lead) | {self.width_name: self.hidden_size})
 
     def _check_state(self, op: str, state: LayerState, count: int) -> None:
         if not isinstance(state, LayerState):
@@ -157,7 +162,9 @@ class SequenceMixer(nn.Module):
 
     def _mark(self) -> None:
         for name in self.undecayed:
-            parameter = self._parameters.get(name)
+            owner, _, name = name.rpartition(".")
+            module = self._modules.get(owner) if owner else self
+            parameter = None if module is None else module._parameters.get(name)
             if parameter is not None:
                 parameter._no_weight_decay = True
 
@@ -173,3 +180,7 @@ class SequenceMixer(nn.Module):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self._mark()
+
+
+def _mark_again(layer: SequenceMixer, _) -> None:
+    layer._mark()
