@@ -15,12 +15,12 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "cpu_tasks.h"
 #include "delta_rule_checks.h"
 #include "delta_rule_cpu.h"
 #include "torch_view.h"
@@ -50,26 +50,6 @@ void zero_uncovered(Tensor& x, const std::vector<CheckpointedSequence>& packed, 
   char* data = static_cast<char*>(x.data_ptr());
   std::memset(data, 0, first * row);
   std::memset(data + last * row, 0, (T - last) * row);
-}
-
-// Runs task(i, scratch) for i in [0, tasks), each thread taking the next one and owning
-// `scratch_bytes` of scratch.
-template <class F>
-void parallel_tasks(const Tensor& like, int64_t tasks, bool serial, int64_t scratch_bytes,
-                    const F& task) {
-  if (tasks == 0) return;
-  const int64_t threads =
-      serial ? 1 : std::min<int64_t>(tasks, torch::stable::get_num_threads());
-  scratch_bytes = ceil_div(scratch_bytes, 4096) * 4096;
-  Tensor scratch = torch::stable::new_empty(like, {threads * scratch_bytes}, ScalarType::Byte);
-  char* base = static_cast<char*>(scratch.data_ptr());
-  std::atomic<int64_t> next{0};
-  const auto drain = [&](int64_t begin, int64_t) {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
-      task(i, base + begin * scratch_bytes);
-  };
-  if (threads == 1) drain(0, 1);
-  else torch::stable::parallel_for(0, threads, 1, drain);
 }
 
 constexpr int64_t kSerialWork = 1 << 17;  // multiply-adds below which a second thread costs more
