@@ -195,7 +195,7 @@ template <class A> __global__ void __launch_bounds__(kWindowThreads<A>) window_k
       A da = 0, db = 0, dc = 0, dskip = 0, dbias = 0;
       for (int i = window.count - 1; i >= 0; i--) {
         const int64_t at = (first_step + i) * in.Di + d;
-        A u = 0, g = 0;
+        A u = 0, g = 0, b_term = 0, c_term = 0;
         StateSums<A> sums{};
         if (live) {
           const A step = array<A>(x.steps)[at];
@@ -206,15 +206,17 @@ template <class A> __global__ void __launch_bounds__(kWindowThreads<A>) window_k
           dh += g * c;
           sums = {dh * b, dh * (a * kept + u * b), c * h};
           da += dh * step * kept;
-          db += dh * (step * u);
-          dc += g * h;
-          if (b_sums) b_sums[i * threads] += dh * (step * u);
-          if (c_sums) c_sums[i * threads] += g * h;
+          b_term = dh * (step * u);
+          c_term = g * h;
           dh = decayed(dh, step * a);
         }
         sums.b = sum_lanes(sums.b, lanes);
         sums.step = sum_lanes(sums.step, lanes);
         if (x.dz.data) sums.y = sum_lanes(sums.y, lanes);
+        db += b_term;
+        dc += c_term;
+        if (b_sums) b_sums[i * threads] += b_term;
+        if (c_sums) c_sums[i * threads] += c_term;
         if (lane > 0 || d >= last) continue;
         A* const unfinished = array<A>(x.unfinished);
         if (slice > 0) {
@@ -362,24 +364,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const size_t shared = sizeof(R) * kBlockSteps * threads * (1 + bool(x.b_parts) + bool(x.c_parts));
     FLA_LAUNCH(window_kernel<R>, grid(x.windows * ranges.total), dim3(lanes, rows), shared, on.stream, x);
 
+    // A result that is not needed is empty. One of no windows is not, though its parts are.
     const auto add_up = [&](void* parts, int64_t n, const Tensor& to) {
-      if (parts)
-        FLA_LAUNCH(add_windows<R>, grid(ceil_div(Di * n, kThreads)), kThreads, 0, on.stream, array<R>(parts), x.windows,
-                   Di, int(n), view(to));
+      if (to.numel() == 0) return;
+      FLA_LAUNCH(add_windows<R>, grid(ceil_div(Di * n, kThreads)), kThreads, 0, on.stream, array<R>(parts), x.windows,
+                 Di, int(n), view(to));
     };
     add_up(x.dA, N, dA);
-    add_up(x.dB, N, dB);
-    add_up(x.dC, N, dC);
+    if (!b_varies) add_up(x.dB, N, dB);
+    if (!c_varies) add_up(x.dC, N, dC);
     add_up(x.dD, 1, dD);
     add_up(x.ddelta_bias, 1, ddelta_bias);
     const auto add_groups = [&](void* parts, const Tensor& to) {
-      if (!parts) return;
+      if (to.numel() == 0) return;
       const int64_t G = to.size(1);
       FLA_LAUNCH(add_ranges<R>, grid(ceil_div(x.B * G * x.L * N, kThreads)), kThreads, 0, on.stream, array<R>(parts),
                  ranges.total / G, x.B, G, x.L, int(N), projection(to, Di, true));
     };
-    add_groups(x.b_parts, dB);
-    add_groups(x.c_parts, dC);
+    if (b_varies) add_groups(x.b_parts, dB);
+    if (c_varies) add_groups(x.c_parts, dC);
   });
   return {du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, d_initial};
 }

@@ -158,10 +158,20 @@ def delta_product_gradients(ops):
     return ops.delta_product_backward(q, k, v, beta, g, 2, 0.1, None, None, False, states, do, None, 63)
 
 
+def selective_scan_gradients(ops):
+    """Two slices of the states, and more channels than a block has rows."""
+    u, delta, z, dy = (torch.randn(1, 6, 20) for _ in range(4))
+    A, B, C = -torch.rand(6, 40), torch.randn(1, 1, 40, 20), torch.randn(1, 1, 40, 20)
+    given = (u, delta, A, B, C, torch.randn(6), z, torch.randn(6), None, None, True)
+    states = torch.ops.fla_ops_simt.selective_scan_forward(*given, True)[2]
+    return ops.selective_scan_backward(*given, states, dy, None, 511)
+
+
 BARRIERS = {
     "causal_conv1d_cuda.cu": conv_gradients,
     "delta_product_backward_cuda.cu": delta_product_gradients,
     "delta_rule_backward_cuda.cu": delta_rule_gradients,
+    "selective_scan_backward_cuda.cu": selective_scan_gradients,
 }
 
 
