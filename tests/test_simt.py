@@ -231,6 +231,38 @@ def test_lane_orders_agree_bit_for_bit(dtype):
             assert torch.equal(first, second), op
 
 
+def scan_calls(dtype):
+    """Every kernel of the selective scan: one slice of states and two, constants and groups, packed and not, steps."""
+    for N in (5, 40):
+        u, delta, z = (torch.randn(1, 12, 90).to(dtype) for _ in range(3))
+        A, D, bias = -torch.rand(12, N), torch.randn(12), torch.randn(12)
+        B, C, constant = torch.randn(1, 2, N, 90).to(dtype), torch.randn(1, 3, N, 90).to(dtype), torch.randn(12, N)
+        for b, c, bounds in ((B, C, None), (constant, C, torch.tensor([0, 1, 1, 40, 90])), (B, constant, None)):
+            state = torch.randn(1 if bounds is None else 4, 12, N)
+            given = (u, delta, A, b, c, D, z, bias, state, bounds, True)
+            yield "forward", (*given, True)
+            states = torch.ops.fla_ops_simt.selective_scan_forward(*given, True)[2]
+            yield "backward", (*given, states, z, state, 511)
+        rows = [x[0, :, :3].T for x in (u, delta, z)]
+        b, c = B[0, ..., :3].permute(2, 0, 1), constant.expand(3, 12, N).to(dtype)
+        slots = torch.tensor([4, -1, 0])
+        yield "step", (*rows[:2], A, b, c, D, rows[2], bias, torch.randn(5, 12, N), False, slots)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_lane_orders_agree_bit_for_bit_in_the_scan(dtype):
+    simt.load()
+    for op, arguments in scan_calls(dtype):
+        results = []
+        for order in ORDERS:
+            given = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+            with simt.lane_order(order):
+                out = getattr(torch.ops.fla_ops_simt, f"selective_scan_{op}")(*given)
+            results.append([*([out] if op == "step" else out), *(a for a in given if isinstance(a, torch.Tensor))])
+        for first, second in zip(*results, strict=True):
+            assert torch.equal(first, second), op
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_bounds_and_slots_that_only_the_device_knows(order):
     """What no sequence covers is 0, bounds are clamped into the row, slots outside of the state are skipped."""
