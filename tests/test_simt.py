@@ -260,7 +260,8 @@ def test_lane_orders_agree_bit_for_bit_in_the_scan(dtype):
                 out = getattr(torch.ops.fla_ops_simt, f"selective_scan_{op}")(*given)
             results.append([*([out] if op == "step" else out), *(a for a in given if isinstance(a, torch.Tensor))])
         for first, second in zip(*results, strict=True):
-            assert torch.equal(first, second), op
+            # Saved states that no packed sequence uses are left as they were: NaN here.
+            assert torch.equal(first.nan_to_num(7.5), second.nan_to_num(7.5)), op
 
 
 @pytest.mark.parametrize("order", ORDERS)
