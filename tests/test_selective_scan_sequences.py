@@ -28,7 +28,7 @@ few = settings(
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-LENGTHS = st.sampled_from([0, 1, 2, 3, 15, 16, 17, 63, 64, 65, 100])
+LENGTHS = st.sampled_from([0, 1, 2, 3, 15, 16, 17, 64, 65])
 constants = st.sampled_from(["", "B", "C", "BC"])
 
 
@@ -96,7 +96,7 @@ def test_packed_without_a_state(backend):
 
 
 @few
-@given(lengths=st.lists(LENGTHS, min_size=1, max_size=5), constant=constants, state=st.booleans())
+@given(lengths=st.lists(LENGTHS, min_size=1, max_size=4), constant=constants, state=st.booleans())
 def test_packed_is_separate(backend, lengths, constant, state):
     """Outputs, final states and all gradients of a pack are those of its sequences, run one by one."""
     S = len(lengths)
@@ -239,16 +239,16 @@ def test_steps_outside_of_every_sequence_may_hold_anything(backend, monkeypatch)
 
 
 @few
-@given(cuts=st.lists(st.integers(0, 150), min_size=1, max_size=4), constant=constants)
+@given(cuts=st.lists(st.integers(0, 100), min_size=1, max_size=3), constant=constants)
 def test_any_split_in_time_is_the_whole(backend, cuts, constant):
     """Prefill in pieces, the state handed on: same outputs, same final state, same gradients through the state."""
-    x = random_inputs(2, 4, 150, 5, G=2, constant=constant, dtype=torch.float64, state=torch.float64)
+    x = random_inputs(2, 4, 100, 5, G=2, constant=constant, dtype=torch.float64, state=torch.float64)
     dy, ds = random_cotangents(x)
 
     def in_pieces(u, delta, A, B, C, D, z, delta_bias, initial_state, output_final_state):
         given = dict(zip(TENSORS, (u, delta, A, B, C, D, z, delta_bias, None), strict=True))
         outputs, state = [], initial_state
-        edges = [0, *sorted(cuts), 150]
+        edges = [0, *sorted(cuts), 100]
         for a, b in zip(edges, edges[1:], strict=False):
             part = piece(given, slice(a, b)) | {"initial_state": state}
             y, state = call(op_of(backend), part, output_final_state=True)
@@ -428,15 +428,16 @@ def test_one_result_used_alone(backend, used):
         torch.testing.assert_close(grad, expected[f"d{name}"], msg=name)
 
 
-@pytest.mark.parametrize("wanted", [*((name,) for name in TENSORS), ("A", "z"), ("B", "initial_state")], ids="-".join)
-def test_only_the_wanted_gradients(backend, wanted):
-    x = random_inputs(2, 8, 25, 5, state=torch.float32)
+def test_only_the_wanted_gradients(backend):
+    """Each alone, and two together: those get their gradient, no other is made."""
+    x = random_inputs(2, 8, 20, 5, state=torch.float32)
     dy, ds = random_cotangents(x)
     expected = results(op_of(backend), x, dy, ds)
-    found = results(op_of(backend), x, dy, ds, wanted=wanted)
-    assert {name for name in found if name.startswith("d")} == {f"d{name}" for name in wanted}
-    for name in found:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5, msg=name)
+    for wanted in (*((name,) for name in TENSORS), ("A", "z"), ("B", "initial_state")):
+        found = results(op_of(backend), x, dy, ds, wanted=wanted)
+        assert {name for name in found if name.startswith("d")} == {f"d{name}" for name in wanted}
+        for name in found:
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5, msg=f"{name} of {wanted}")
 
 
 # Strides.
@@ -568,10 +569,10 @@ def test_the_states_of_all_steps_are_never_written(backend, N):
     """Not one piece of memory of B Di L N values, nor of a quarter of it."""
     if backend == "reference":
         pytest.skip("it keeps every state")
-    x = random_inputs(2, 32, 256, N, state=torch.float32)
-    largest = allocations(op_of(backend), x)[0]
-    print(f"{backend}, N = {N}: the largest piece has {largest / (4 * 2 * 32 * 256):.2f} B Di L values")
-    assert largest < 2 * 32 * 256 * N * 4 / 4
+    batch, Di, L = 2, 16, 128
+    largest = allocations(op_of(backend), random_inputs(batch, Di, L, N, state=torch.float32))[0]
+    print(f"{backend}, N = {N}: the largest piece has {largest / (4 * batch * Di * L):.2f} B Di L values")
+    assert largest < batch * Di * L * N * 4 / 4
 
 
 def saved_bytes(op):
@@ -625,7 +626,8 @@ def test_a_step_allocates_only_its_output(backend):
 def test_repeated_calls_give_the_same_bits(backend, dtype, lengths):
     """Forward and backward: no sum depends on what else runs."""
     S = lengths and len(lengths)
-    x = random_inputs(1 if lengths else 2, 40, 130, 16, G=2, dtype=dtype, sequences=S, state=torch.float32)
+    Di = 6 if backend == "triton" else 40  # the interpreter runs one program after another
+    x = random_inputs(1 if lengths else 2, Di, 130, 16, G=2, dtype=dtype, sequences=S, state=torch.float32)
     dy, ds = random_cotangents(x, S)
     options = {} if lengths is None else {"cu_seqlens": bounds(lengths)}
     op = functools.partial(op_of(backend), **options)
