@@ -5,6 +5,7 @@
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -76,15 +77,20 @@ def side_tensor(op: str, name: str, x: object, main: torch.dtype) -> None:
         raise bad(TypeError, op, name, legal, x.dtype)
 
 
-def shape(op: str, name: str, x: torch.Tensor, expected: dict[str, int | None], hint: str = "") -> None:
-    """`expected` maps each dimension's letter to its size, None for any."""
+def shape(
+    op: str, name: str, x: torch.Tensor, expected: dict[str, int | None], hint: str | Callable[[], str] = ""
+) -> None:
+    """`expected` maps each dimension's letter to its size, None for any.
+
+    A hint that compares sizes is a function, called on failure alone: what traced code compares becomes a guard.
+    """
     sizes, found = tuple(expected.values()), x.shape
     if found == sizes:  # the common case, and far cheaper than looking for None
         return
     if len(found) == len(sizes) and all(e is None or e == s for e, s in zip(sizes, found, strict=True)):
         return
     want = ", ".join(k if v is None else f"{k}={v}" for k, v in expected.items())
-    raise bad(ValueError, op, name, f"of shape [{want}]", list(x.shape), hint)
+    raise bad(ValueError, op, name, f"of shape [{want}]", list(x.shape), hint() if callable(hint) else hint)
 
 
 def flag(op: str, name: str, x: object) -> None:
@@ -109,8 +115,13 @@ def _can_read(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" or (_values_checked and x.device.type != "meta")
 
 
-def cu_seqlens(op: str, x: torch.Tensor | None, batch: int, length: int, device: torch.device, time: str = "T"):
-    """Check packed-sequence boundaries and return them on `device` (None stays None). `time` names the packed axis."""
+def cu_seqlens(
+    op: str, x: torch.Tensor | None, batch: int, length: int, device: torch.device, time: str = "T", count: str = "N"
+):
+    """Check packed-sequence boundaries and return them on `device` (None stays None).
+
+    `time` is the letter of the packed axis, `count` that of the number of sequences.
+    """
     if x is None:
         return None
     name = "cu_seqlens"
@@ -118,7 +129,7 @@ def cu_seqlens(op: str, x: torch.Tensor | None, batch: int, length: int, device:
     if x.dtype not in INDEX_DTYPES:
         raise bad(TypeError, op, name, "an int32 or int64 tensor", x.dtype)
     if x.dim() != 1 or x.shape[0] < 1:
-        raise bad(ValueError, op, name, "of shape [N+1]", list(x.shape))
+        raise bad(ValueError, op, name, f"of shape [{count}+1]", list(x.shape))
     if batch != 1:
         raise bad(
             ValueError,
@@ -196,13 +207,13 @@ def state_indices(op: str, x: torch.Tensor | None, batch: int, slots: int, devic
     return x if x.device == device else x.to(device)
 
 
-def no_grad_needed(op: str, *tensors: torch.Tensor | None) -> None:
-    """Steps are for inference."""
+def no_grad_needed(op: str, *tensors: torch.Tensor | None, time: str = "T") -> None:
+    """Steps are for inference. `time` is the letter of the full op's time axis."""
     if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors):
         full = op.removesuffix("_step")
         raise RuntimeError(
             f"{op}: an input requires a gradient, and a step has no backward. Wrap the call in torch.no_grad(), or "
-            f"call {full} with T=1, which is differentiable."
+            f"call {full} with {time}=1, which is differentiable."
         )
 
 

@@ -133,7 +133,7 @@ def causal_conv1d_step(
         RuntimeError: an input requires a gradient while grad mode is on. Otherwise as `causal_conv1d`.
     """
     op = "causal_conv1d_step"
-    _checks.no_grad_needed(op, x, weight, bias, state)
+    _checks.no_grad_needed(op, x, weight, bias, state, time="L")
     (x,) = _checks.autocast(x)
     W = _check(op, x, weight, bias, activation, None)
     _checks.step_state(op, state, {"slots": None, "D": x.shape[1], "W-1": W - 1}, x.device)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mamba's selective scan: the public functions and their autograd boundary."""
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -112,7 +113,7 @@ def selective_scan(
         _checks.shape(op, "C", C, dict(zip(("B", "G", "N", "L"), B.shape, strict=True)), "B and C share their groups.")
     _checks.flag(op, "delta_softplus", delta_softplus)
     _checks.flag(op, "output_final_state", output_final_state)
-    cu_seqlens = _checks.cu_seqlens(op, cu_seqlens, batch, L, u.device, "L")
+    cu_seqlens = _checks.cu_seqlens(op, cu_seqlens, batch, L, u.device, "L", "S")
     count = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     _checks.initial_state(op, initial_state, {"S": count, "Di": Di, "N": N}, u.device, "S")
     impl = resolve(op, backend, u.device.type, u.dtype, N)
@@ -159,7 +160,7 @@ def selective_scan_step(
         RuntimeError: an input requires a gradient while grad mode is on. Otherwise as `selective_scan`.
     """
     op = "selective_scan_step"
-    _checks.no_grad_needed(op, u, delta, A, B, C, D, z, delta_bias, state)
+    _checks.no_grad_needed(op, u, delta, A, B, C, D, z, delta_bias, state, time="L")
     u, delta, z, B, C = _checks.autocast(u, delta, z, B, C)
     _check_tensors(op, u, delta, A, D, z, delta_bias, None)
     batch, Di = u.shape
@@ -189,12 +190,12 @@ def _check_tensors(op, u, delta, A, D, z, delta_bias, time: str | None) -> None:
     _checks.shape(op, "u", u, dict.fromkeys(letters))
     expected = dict(zip(letters, u.shape, strict=True))
     for name, x in main.items():
-        _checks.shape(op, name, x, expected)
+        _checks.shape(op, name, x, expected, partial(_hint_on_time, name, x, u))
     _check_real(op, "A", A)
     _checks.side_tensor(op, "A", A, u.dtype)
-    _checks.shape(op, "A", A, {"Di": u.shape[1], "N": None})
+    _checks.shape(op, "A", A, {"Di": u.shape[1], "N": None}, partial(_hint_on_channels, A, u))
     if A.shape[1] == 0:
-        raise _checks.bad(ValueError, op, "A", "of shape [Di, N] with N from 1", list(A.shape))
+        raise _checks.bad(ValueError, op, "A", "of shape [Di, N] with N at least 1", list(A.shape))
     side = {"A": A}
     for name, x in (("D", D), ("delta_bias", delta_bias)):
         if x is not None:
@@ -202,6 +203,30 @@ def _check_tensors(op, u, delta, A, D, z, delta_bias, time: str | None) -> None:
             _checks.shape(op, name, x, {"Di": u.shape[1]})
             side[name] = x
     _checks.same_device(op, "u", u=u, **side)
+
+
+# What is likely meant by a wrong shape.
+
+
+def _hint_on_time(name, x, u) -> str:
+    turned = x.dim() == 3 and x.shape == (u.shape[0], *u.shape[:0:-1])
+    return f"u or {name} looks like [B, L, Di]: transpose(1, 2)." if turned else ""
+
+
+def _hint_on_channels(A, u) -> str:
+    if A.dim() == 2 and u.dim() == 3 and A.shape[0] == u.shape[2]:
+        return "u looks like [B, L, Di]: transpose(1, 2)."
+    if A.dim() == 2 and A.shape[1] == u.shape[1]:
+        return "It looks like [N, Di]: transpose(0, 1)."
+    return ""
+
+
+def _hint_on_projection(w, batch, N, L) -> str:
+    if w.shape == (batch, L, N):
+        return "It looks like [B, L, N]: transpose(1, 2)."
+    if w.dim() == 4 and (w.shape[1], w.shape[3]) == (L, N):
+        return "It looks like [B, L, G, N]: permute(0, 2, 3, 1)."
+    return "Three dimensions are [B, N, L], four [B, G, N, L], two the constant [Di, N]."
 
 
 def _check_real(op, name, x) -> None:
@@ -217,12 +242,12 @@ def _check_projection(op, name, w, u, N):
     _check_real(op, name, w)
     if w.dim() == 2:
         _checks.side_tensor(op, name, w, u.dtype)
-        hint = "Two dimensions are a constant, three [B, N, L], four [B, G, N, L]."
-        _checks.shape(op, name, w, {"Di": Di, "N": N}, hint)
+        _checks.shape(op, name, w, {"Di": Di, "N": N}, partial(_hint_on_projection, w, batch, N, L))
     elif w.dim() in (3, 4):
         _checks.main_tensors(op, "u", u=u, **{name: w})
         groups = {} if w.dim() == 3 else {"G": None}
-        _checks.shape(op, name, w, {"B": batch} | groups | {"N": N, "L": L})
+        hint = partial(_hint_on_projection, w, batch, N, L)
+        _checks.shape(op, name, w, {"B": batch} | groups | {"N": N, "L": L}, hint)
         w = w[:, None] if w.dim() == 3 else w
         _check_groups(op, name, w.shape[1], Di)
     else:
@@ -254,5 +279,5 @@ def _check_step_projection(op, name, w, u, N):
 
 def _check_groups(op, name, groups, channels) -> None:
     if groups == 0 or channels % groups:
-        want = f"in groups that divide Di={channels}"
+        want = f"of a group count that divides Di={channels}"
         raise _checks.bad(ValueError, op, name, want, f"G={groups}")

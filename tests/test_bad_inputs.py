@@ -9,6 +9,7 @@ import math
 
 import delta_product_cases
 import pytest
+import selective_scan_cases
 import torch
 from delta_rule_cases import bounds, call, check, random_inputs
 
@@ -17,6 +18,7 @@ import fla_ops.layers
 
 B, T, H, HV, K, V = 2, 10, 2, 4, 8, 6
 N = 3  # DeltaProduct's steps a token
+DI, STATES = 6, 4  # the selective scan's channels and states a channel; its B and C have 2 groups
 
 
 def good(**changed):
@@ -72,6 +74,35 @@ def product_without_n(backend):
     return fla_ops.delta_product(*(x[name] for name in ("q", "k", "v", "beta", "g")), backend=backend)
 
 
+def scan(**changed):
+    """The arguments of a right selective scan over L = T steps, some of them replaced."""
+    x = selective_scan_cases.random_inputs(B, DI, T, STATES, G=2)
+    del x["initial_state"]
+    x |= changed
+    return lambda backend: fla_ops.selective_scan(**x, backend=backend)
+
+
+def packed_scan(**changed):
+    """The same for one row of packed sequences."""
+    x = selective_scan_cases.random_inputs(1, DI, T, STATES, G=2)
+    del x["initial_state"]
+    return scan(**x | {"cu_seqlens": bounds([4, 6])} | changed)
+
+
+def scan_step(**changed):
+    x = selective_scan_cases.random_inputs(B, DI, 1, STATES, G=2)
+    del x["initial_state"]
+    x = {name: t[..., 0] if name in ("u", "delta", "B", "C", "z") else t for name, t in x.items()}
+    x |= {"state": torch.zeros(B, DI, STATES)} | changed
+    return lambda backend: fla_ops.selective_scan_step(**x, backend=backend)
+
+
+def positional_scan(*extra):
+    x = selective_scan_cases.random_inputs(B, DI, T, STATES, G=2)
+    tensors = [x[name] for name in selective_scan_cases.TENSORS[:6]]
+    return lambda backend: fla_ops.selective_scan(*tensors, *extra, backend=backend)
+
+
 def delta_rule(x):
     return lambda backend: fla_ops.delta_rule(**x, backend=backend)
 
@@ -105,6 +136,7 @@ def masked_layer(**changed):
 D, S = "delta_rule: ", "delta_rule_step: "
 P, PS = "delta_product: ", "delta_product_step: "
 C, CS = "causal_conv1d: ", "causal_conv1d_step: "
+M, MS = "selective_scan: ", "selective_scan_step: "
 TABLE = [
     # 1. lengths and sizes that do not match q
     ("k is shorter than q", delta_rule(good(k=zeros(B, 6, H, K))), ValueError,
@@ -364,6 +396,178 @@ TABLE = [
      CS + r"argument 'state_indices' must be free of duplicates"),
     ("conv step: one memory for two states", conv_step(state=zeros(1, 6, 3).expand(B, 6, 3)), ValueError,
      CS + r"argument 'state' must be free of overlapping memory"),
+    # 24. The selective scan: channels, groups, states
+    ("scan: everything is channel-last",
+     scan(u=zeros(B, T, DI), delta=zeros(B, T, DI), z=zeros(B, T, DI)), ValueError,
+     M + r"argument 'A' must be of shape \[Di=10, N\], got \[6, 4\]\. u looks like \[B, L, Di\]: transpose\(1, 2\)"),
+    ("scan: u is channel-last", scan(u=zeros(B, T, DI)), ValueError,
+     M + r"argument 'delta' must be .*got \[2, 6, 10\]\. u or delta looks like \[B, L, Di\]: transpose\(1, 2\)"),
+    ("scan: u is 2-D", scan(u=zeros(DI, T)), ValueError,
+     M + r"argument 'u' must be of shape \[B, Di, L\], got \[6, 10\]"),
+    ("scan: u is a list", scan(u=[1.0]), TypeError, M + r"argument 'u' must be a tensor, got list"),
+    ("scan: delta is shorter", scan(delta=zeros(B, DI, 9)), ValueError,
+     M + r"argument 'delta' must be of shape \[B=2, Di=6, L=10\], got \[2, 6, 9\]"),
+    ("scan: delta has another batch", scan(delta=zeros(1, DI, T)), ValueError,
+     M + r"argument 'delta' must be of shape \[B=2, Di=6, L=10\], got \[1, 6, 10\]"),
+    ("scan: delta before dt_proj", scan(delta=zeros(B, 1, T)), ValueError,
+     M + r"argument 'delta' must be of shape \[B=2, Di=6, L=10\], got \[2, 1, 10\]"),
+    ("scan: delta is a float", scan(delta=0.1), TypeError, M + r"argument 'delta' must be a tensor, got float"),
+    ("scan: delta is None", scan(delta=None), TypeError, M + r"argument 'delta' must be a tensor, got NoneType"),
+    ("scan: z is longer", scan(z=zeros(B, DI, 11)), ValueError,
+     M + r"argument 'z' must be of shape \[B=2, Di=6, L=10\], got \[2, 6, 11\]"),
+    ("scan: z is channel-last", scan(z=zeros(B, T, DI)), ValueError,
+     M + r"argument 'z' must be .*got \[2, 10, 6\]\. u or z looks like \[B, L, Di\]: transpose\(1, 2\)"),
+    ("scan: z is True", scan(z=True), TypeError, M + r"argument 'z' must be a tensor, got bool"),
+    ("scan: A has other channels", scan(A=zeros(5, STATES)), ValueError,
+     M + r"argument 'A' must be of shape \[Di=6, N\], got \[5, 4\]\.$"),
+    ("scan: A is [N, Di]", scan(A=zeros(STATES, DI)), ValueError,
+     M + r"argument 'A' must be .*got \[4, 6\]\. It looks like \[N, Di\]: transpose\(0, 1\)"),
+    ("scan: A is a scalar a channel", scan(A=zeros(DI)), ValueError,
+     M + r"argument 'A' must be of shape \[Di=6, N\], got \[6\]"),
+    ("scan: A has no states", scan(A=zeros(DI, 0)), ValueError,
+     M + r"argument 'A' must be of shape \[Di, N\] with N at least 1, got \[6, 0\]"),
+    ("scan: A is complex", scan(A=zeros(DI, STATES, dtype=torch.complex64)), TypeError,
+     M + r"argument 'A' must be real, got torch\.complex64\. Only the real scan"),
+    ("scan: A is bf16, u float32", scan(A=zeros(DI, STATES, dtype=torch.bfloat16)), TypeError,
+     M + r"argument 'A' must be torch\.float32, got torch\.bfloat16"),
+    ("scan: A is int", scan(A=zeros(DI, STATES, dtype=torch.int64)), TypeError,
+     M + r"argument 'A' must be torch\.float32, got torch\.int64"),
+    ("scan: B is complex", scan(B=zeros(B, 2, STATES, T, dtype=torch.complex64)), TypeError,
+     M + r"argument 'B' must be real, got torch\.complex64"),
+    ("scan: B is [B, L, N]", scan(B=zeros(B, T, STATES)), ValueError,
+     M + r"argument 'B' must be of shape \[B=2, N=4, L=10\], got \[2, 10, 4\]\. It looks like \[B, L, N\]: transpose"),
+    ("scan: C is [B, L, G, N]", scan(C=zeros(B, T, 2, STATES)), ValueError,
+     M + r"argument 'C' must be .*got \[2, 10, 2, 4\]\. It looks like \[B, L, G, N\]: permute\(0, 2, 3, 1\)"),
+    ("scan: B is [G, N, L]", scan(B=zeros(3, STATES, T)), ValueError,
+     M + r"argument 'B' must be of shape \[B=2, N=4, L=10\], got \[3, 4, 10\]\. Three .*four \[B, G, N, L\]"),
+    ("scan: B is shorter", scan(B=zeros(B, 2, STATES, 9)), ValueError,
+     M + r"argument 'B' must be of shape \[B=2, G, N=4, L=10\], got \[2, 2, 4, 9\]"),
+    ("scan: C has other states than A", scan(C=zeros(B, 2, 5, T)), ValueError,
+     M + r"argument 'C' must be of shape \[B=2, G, N=4, L=10\], got \[2, 2, 5, 10\]"),
+    ("scan: B has another batch", scan(B=zeros(1, 2, STATES, T)), ValueError,
+     M + r"argument 'B' must be of shape \[B=2, G, N=4, L=10\], got \[1, 2, 4, 10\]"),
+    ("scan: groups that do not divide Di", scan(B=zeros(B, 4, STATES, T)), ValueError,
+     M + r"argument 'B' must be of a group count that divides Di=6, got G=4"),
+    ("scan: no groups", scan(C=zeros(B, 0, STATES, T)), ValueError,
+     M + r"argument 'C' must be of a group count that divides Di=6, got G=0"),
+    ("scan: a constant B is [N, Di]", scan(B=zeros(STATES, DI)), ValueError,
+     M + r"argument 'B' must be of shape \[Di=6, N=4\], got \[4, 6\]\. .*two the constant \[Di, N\]"),
+    ("scan: B is [N, L]", scan(B=zeros(STATES, T)), ValueError,
+     M + r"argument 'B' must be of shape \[Di=6, N=4\], got \[4, 10\]\. Three dimensions are \[B, N, L\]"),
+    ("scan: C is 1-D", scan(C=zeros(STATES)), ValueError,
+     M + r"argument 'C' must be of shape \[B, N, L\], \[B, G, N, L\] or \[Di, N\], got \[4\]"),
+    ("scan: C is 5-D", scan(C=zeros(1, B, 2, STATES, T)), ValueError,
+     M + r"argument 'C' must be of shape \[B, N, L\], \[B, G, N, L\] or \[Di, N\], got \[1, 2, 2, 4, 10\]"),
+    ("scan: B is None", scan(B=None), TypeError, M + r"argument 'B' must be a tensor, got NoneType"),
+    ("scan: D is [Di, 1]", scan(D=zeros(DI, 1)), ValueError,
+     M + r"argument 'D' must be of shape \[Di=6\], got \[6, 1\]"),
+    ("scan: D of another size", scan(D=zeros(1)), ValueError, M + r"argument 'D' must be of shape \[Di=6\], got \[1\]"),
+    ("scan: D is a float", scan(D=1.0), TypeError, M + r"argument 'D' must be a tensor, got float"),
+    ("scan: delta_bias is [1, Di, 1]", scan(delta_bias=zeros(1, DI, 1)), ValueError,
+     M + r"argument 'delta_bias' must be of shape \[Di=6\], got \[1, 6, 1\]"),
+    ("scan: delta_bias is float64, u float32", scan(delta_bias=zeros(DI, dtype=torch.float64)), TypeError,
+     M + r"argument 'delta_bias' must be torch\.float32, got torch\.float64"),
+    ("scan: delta_softplus is 1", scan(delta_softplus=1), TypeError,
+     M + r"argument 'delta_softplus' must be True or False, got 1"),
+    ("scan: output_final_state is None", scan(output_final_state=None), TypeError,
+     M + r"argument 'output_final_state' must be True or False, got None"),
+    # 16. its dtypes
+    ("scan: u is int", scan(u=zeros(B, DI, T, dtype=torch.int64)), TypeError,
+     M + r"argument 'u' must be one of float32.*got torch\.int64"),
+    ("scan: u is complex", scan(u=zeros(B, DI, T, dtype=torch.complex64)), TypeError,
+     M + r"argument 'u' must be one of float32.*got torch\.complex64"),
+    ("scan: u is float8", scan(u=zeros(B, DI, T).to(torch.float8_e4m3fn)), TypeError,
+     M + r"argument 'u' must be one of float32.*got torch\.float8_e4m3fn"),
+    ("scan: delta is bf16, u float32", scan(delta=zeros(B, DI, T, dtype=torch.bfloat16)), TypeError,
+     M + r"argument 'delta' must be torch\.float32 to match 'u', got torch\.bfloat16\. .*autocast"),
+    ("scan: z is fp16, u float32", scan(z=zeros(B, DI, T, dtype=torch.float16)), TypeError,
+     M + r"argument 'z' must be torch\.float32 to match 'u', got torch\.float16"),
+    ("scan: B is bf16, u float32", scan(B=zeros(B, 2, STATES, T, dtype=torch.bfloat16)), TypeError,
+     M + r"argument 'B' must be torch\.float32 to match 'u', got torch\.bfloat16"),
+    ("scan: a constant C is bf16, u float32", scan(C=zeros(DI, STATES, dtype=torch.bfloat16)), TypeError,
+     M + r"argument 'C' must be torch\.float32, got torch\.bfloat16"),
+    # 17. its keywords
+    ("scan: a peer's keyword", scan(return_last_state=True), TypeError, "return_last_state"),
+    ("scan: z by place", positional_scan(zeros(B, DI, T)), TypeError, "positional"),
+    # 4. - 6. and 11. its packs and states
+    ("scan: cu_seqlens ends before L", packed_scan(cu_seqlens=cu(0, 4, 9)), ValueError,
+     M + r"argument 'cu_seqlens' must be non-decreasing from 0 to L=10, got \[0, 4, 9\]"),
+    ("scan: cu_seqlens ends behind L", packed_scan(cu_seqlens=cu(0, 11)), ValueError,
+     M + r"argument 'cu_seqlens' must be non-decreasing from 0 to L=10, got \[0, 11\]"),
+    ("scan: cu_seqlens starts at 1", packed_scan(cu_seqlens=cu(1, 10)), ValueError,
+     M + r"argument 'cu_seqlens' must be non-decreasing from 0 to L=10, got \[1, 10\]"),
+    ("scan: cu_seqlens decreases", packed_scan(cu_seqlens=cu(0, 6, 4, 10)), ValueError,
+     M + r"argument 'cu_seqlens' must be non-decreasing"),
+    ("scan: cu_seqlens is 2-D", packed_scan(cu_seqlens=cu(0, 10)[None]), ValueError,
+     M + r"argument 'cu_seqlens' must be of shape \[S\+1\], got \[1, 2\]"),
+    ("scan: cu_seqlens is float", packed_scan(cu_seqlens=cu(0, 10, dtype=torch.float32)), TypeError,
+     M + r"argument 'cu_seqlens' must be an int32 or int64 tensor, got torch\.float32"),
+    ("scan: cu_seqlens is a list", packed_scan(cu_seqlens=[0, 10]), TypeError,
+     M + r"argument 'cu_seqlens' must be a tensor, got list"),
+    ("scan: cu_seqlens with B = 2", scan(cu_seqlens=cu(0, 10)), ValueError,
+     M + r"argument 'cu_seqlens' must be given with B=1 only, got B=2\. .*along L first"),
+    ("scan: initial_state without a batch", scan(initial_state=zeros(DI, STATES)), ValueError,
+     M + r"argument 'initial_state' must be of shape \[S=2, Di=6, N=4\], got \[6, 4\]\. S is the number of sequences"),
+    ("scan: initial_state is [B, N, Di]", scan(initial_state=zeros(B, STATES, DI)), ValueError,
+     M + r"argument 'initial_state' must be .*look swapped: transpose\(-1, -2\)"),
+    ("scan: initial_state of another batch", scan(initial_state=zeros(3, DI, STATES)), ValueError,
+     M + r"argument 'initial_state' must be of shape \[S=2, Di=6, N=4\], got \[3, 6, 4\]"),
+    ("scan: one initial_state for two packed sequences", packed_scan(initial_state=zeros(1, DI, STATES)), ValueError,
+     M + r"argument 'initial_state' must be of shape \[S=2, Di=6, N=4\], got \[1, 6, 4\]"),
+    ("scan: initial_state is int", scan(initial_state=zeros(B, DI, STATES, dtype=torch.int64)), TypeError,
+     M + r"argument 'initial_state' must be one of float32.*got torch\.int64"),
+    ("scan: initial_state is a float", scan(initial_state=0.0), TypeError,
+     M + r"argument 'initial_state' must be a tensor, got float"),
+    # 19. its devices
+    ("scan: delta on another device", scan(delta=zeros(B, DI, T, device="meta")), ValueError,
+     M + r"all tensors must be on one device, got u: cpu, delta: meta"),
+    ("scan: A on another device", scan(A=zeros(DI, STATES, device="meta")), ValueError,
+     M + r"all tensors must be on one device, got u: cpu, A: meta"),
+    ("scan: B on another device", scan(B=zeros(B, STATES, T, device="meta")), ValueError,
+     M + r"all tensors must be on one device, got u: cpu, B: meta"),
+    ("scan: the state on another device", scan(initial_state=zeros(B, DI, STATES, device="meta")), ValueError,
+     M + r"all tensors must be on one device, got initial_state: meta"),
+    # Its steps
+    ("scan step: u has a time axis", scan_step(u=zeros(B, DI, 1)), ValueError,
+     MS + r"argument 'u' must be of shape \[B, Di\], got \[2, 6, 1\]"),
+    ("scan step: delta does not match", scan_step(delta=zeros(B, 5)), ValueError,
+     MS + r"argument 'delta' must be of shape \[B=2, Di=6\], got \[2, 5\]"),
+    ("scan step: z does not match", scan_step(z=zeros(B, 5)), ValueError,
+     MS + r"argument 'z' must be of shape \[B=2, Di=6\], got \[2, 5\]"),
+    ("scan step: A has other channels", scan_step(A=zeros(5, STATES)), ValueError,
+     MS + r"argument 'A' must be of shape \[Di=6, N\], got \[5, 4\]"),
+    ("scan step: A is complex", scan_step(A=zeros(DI, STATES, dtype=torch.complex64)), TypeError,
+     MS + r"argument 'A' must be real, got torch\.complex64"),
+    ("scan step: D of another size", scan_step(D=zeros(5)), ValueError,
+     MS + r"argument 'D' must be of shape \[Di=6\], got \[5\]"),
+    ("scan step: B has other states", scan_step(B=zeros(B, 5)), ValueError,
+     MS + r"argument 'B' must be of shape \[B=2, N=4\], got \[2, 5\]\. Or the constant \[Di=6, N=4\]"),
+    ("scan step: B has a time axis", scan_step(B=zeros(B, 2, STATES, 1)), ValueError,
+     MS + r"argument 'B' must be of shape \[B, N\], \[B, G, N\] or \[Di, N\], got \[2, 2, 4, 1\]"),
+    ("scan step: groups that do not divide Di", scan_step(C=zeros(B, 4, STATES)), ValueError,
+     MS + r"argument 'C' must be of a group count that divides Di=6, got G=4"),
+    ("scan step: mixed dtypes", scan_step(C=zeros(B, 2, STATES, dtype=torch.bfloat16)), TypeError,
+     MS + r"argument 'C' must be torch\.float32 to match 'u', got torch\.bfloat16"),
+    ("scan step: a constant is int", scan_step(C=zeros(DI, STATES, dtype=torch.int64)), TypeError,
+     MS + r"argument 'C' must be torch\.float32, got torch\.int64"),
+    ("scan step: the state is None", scan_step(state=None), TypeError,
+     MS + r"argument 'state' must be a tensor, got NoneType"),
+    ("scan step: the state is [B, N, Di]", scan_step(state=zeros(B, STATES, DI)), ValueError,
+     MS + r"argument 'state' must be of shape \[slots, Di=6, N=4\], got \[2, 4, 6\]"),
+    ("scan step: the state has too many rows", scan_step(state=zeros(3, DI, STATES)), ValueError,
+     MS + r"argument 'state' must be of 2 rows \(B\), got 3 rows\. Or give state_indices"),
+    ("scan step: the state is int", scan_step(state=zeros(B, DI, STATES, dtype=torch.int64)), TypeError,
+     MS + r"argument 'state' must be one of float32.*got torch\.int64"),
+    ("scan step: one memory for two states", scan_step(state=zeros(1, DI, STATES).expand(B, DI, STATES)), ValueError,
+     MS + r"argument 'state' must be free of overlapping memory, got strides .*clone"),
+    ("scan step: a slot past the end", scan_step(state_indices=cu(0, 2)), ValueError,
+     MS + r"argument 'state_indices' must be -1 or in 0\.\.1, got \[0, 2\]"),
+    ("scan step: one slot twice", scan_step(state_indices=cu(1, 1)), ValueError,
+     MS + r"argument 'state_indices' must be free of duplicates, got \[1, 1\]"),
+    ("scan step: too few slots", scan_step(state_indices=cu(0)), ValueError,
+     MS + r"argument 'state_indices' must be of shape \[B=2\], got \[1\]"),
+    ("scan step: delta_softplus is None", scan_step(delta_softplus=None), TypeError,
+     MS + r"argument 'delta_softplus' must be True or False, got None"),
     # 13. a mask and a pack at once
     ("layer: attention_mask and cu_seqlens", masked_layer(attention_mask=torch.ones(1, T), cu_seqlens=cu(0, T)),
      ValueError, r"attention_mask.*cu_seqlens"),
@@ -392,6 +596,22 @@ def test_the_right_calls_are_right(backend):
     product_step()("auto")
     conv()(backend)
     conv_step()(backend)
+    scan()("auto")
+    packed_scan()("auto")
+    scan_step()("auto")
+
+
+@pytest.mark.parametrize("name", ["triton", "native"])
+def test_more_states_than_the_kernels_have(name):
+    """N = 300: a named backend says what it goes up to, "auto" falls to the reference and warns once."""
+    x = selective_scan_cases.random_inputs(1, 2, 3, 300, delta="positive")
+    if not fla_ops._backend.why_not("selective_scan", name, "cpu", torch.float32, ()):
+        with pytest.raises(RuntimeError, match=rf"selective_scan: backend '{name}' cannot run here: .*256, got 300"):
+            selective_scan_cases.call(fla_ops.selective_scan, x, backend=name)
+    fla_ops._backend._warned.clear()
+    with pytest.warns(fla_ops.FallbackWarning, match=r"selective_scan runs on the slow reference: .*256, got 300"):
+        y = selective_scan_cases.call(fla_ops.selective_scan, x).y
+    assert torch.equal(y, selective_scan_cases.call(fla_ops.selective_scan, x, backend="reference").y)
 
 
 # Nasty but legal: each of these gave garbage somewhere else.

@@ -9,6 +9,7 @@ import functools
 
 import delta_product_cases
 import pytest
+import selective_scan_cases
 import torch
 from causal_conv1d_cases import LAYOUTS, gradients_for, make, run
 from causal_conv1d_cases import check as check_conv
@@ -213,6 +214,146 @@ def test_causal_conv1d_steps(gpu):
     for t in range(9):
         y = fla_ops.causal_conv1d_step(x[:, :, t], weight, bias, state=state, activation="silu", backend=gpu)
         torch.testing.assert_close(y, whole[:, :, t])
+
+
+# The selective scan.
+
+
+def scan_of(gpu, **options):
+    return functools.partial(fla_ops.selective_scan, delta_softplus=True, backend=gpu, **options)
+
+
+@dtypes
+@pytest.mark.parametrize("N", [1, 3, 16, 17, 32, 64, 100, 256])
+def test_selective_scan(gpu, dtype, N):
+    """Fewer states than lanes, more than one slice of them, and channels that fill no block."""
+    inputs = selective_scan_cases.random_inputs(2, 150 if N < 64 else 40, 330, N, dtype=dtype, state=torch.float32)
+    selective_scan_cases.check(gpu, inputs, device="cuda", delta_softplus=True)
+
+
+@pytest.mark.parametrize("layout", selective_scan_cases.LAYOUTS)
+@pytest.mark.parametrize("G, constant", [(0, ""), (4, "B"), (1, "C"), (2, ""), (96, ""), (1, "BC")])
+def test_selective_scan_projections(gpu, G, constant, layout):
+    """Groups, constants, none of the optional tensors, any layout."""
+    given = constant != "BC"
+    inputs = selective_scan_cases.random_inputs(
+        2, 96, 200, G=G, constant=constant, skip=given, gate=given, bias=given, dtype=torch.bfloat16
+    )
+    for name in ("u", "delta", "z", "B", "C"):
+        if inputs[name] is not None and inputs[name].dim() > 2:
+            inputs[name] = selective_scan_cases.LAYOUTS[layout](inputs[name])
+    selective_scan_cases.check(gpu, inputs, device="cuda", delta_softplus=True)
+
+
+@dtypes
+@pytest.mark.parametrize("lengths", [[130, 0, 1, 64, 63, 65, 300], [1] * 40, [0, 0, 500]], ids=str)
+def test_selective_scan_packed(gpu, dtype, lengths):
+    inputs = selective_scan_cases.random_inputs(
+        1, 96, sum(lengths), G=2, dtype=dtype, state=torch.float32, sequences=len(lengths)
+    )
+    selective_scan_cases.check(gpu, inputs, device="cuda", cu_seqlens=bounds(lengths), delta_softplus=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_selective_scan_long(gpu, dtype):
+    """Few channels over thousands of steps: split over the multiprocessors where a backend does that."""
+    inputs = selective_scan_cases.random_inputs(1, 48, 4000, dtype=dtype, state=torch.float32)
+    selective_scan_cases.check(gpu, inputs, device="cuda", delta_softplus=True)
+
+
+@dtypes
+@pytest.mark.parametrize("decay, delta", [(-1e4, "normal"), (-1e-6, "normal"), (0.0, "positive"), (-1.0, 1e3)])
+def test_selective_scan_decays(gpu, dtype, decay, delta):
+    inputs = selective_scan_cases.random_inputs(
+        1, 48, 200, dtype=dtype, decay=decay, delta=delta, bias=delta == "normal", state=torch.float32
+    )
+    inputs["u"] /= max(1.0, delta if isinstance(delta, float) else 1.0)
+    selective_scan_cases.check(gpu, inputs, device="cuda", delta_softplus=delta == "normal")
+
+
+@pytest.mark.parametrize("shape", [(1, 1536, 2048), (8, 2048, 512)], ids=str)
+def test_selective_scan_runs_give_the_same_bits(gpu, shape):
+    """Races show as runs that differ: a full card, twenty times. dB and dC are where others add by atomics."""
+    inputs = selective_scan_cases.random_inputs(*shape, dtype=torch.bfloat16, state=torch.float32)
+    dy, ds = (x.cuda() for x in selective_scan_cases.random_cotangents(inputs))
+    there = on("cuda", inputs)
+    first = selective_scan_cases.results(scan_of(gpu), there, dy, ds)
+    assert all(x.isfinite().all() for x in first.values())
+    for _ in range(20):
+        assert_same_bits(selective_scan_cases.results(scan_of(gpu), there, dy, ds), first)
+
+
+@dtypes
+@pytest.mark.parametrize("Di, N", [(1536, 16), (70, 100), (5, 1), (9, 256)])
+def test_selective_scan_steps(gpu, dtype, Di, N):
+    x = on("cuda", selective_scan_cases.random_inputs(3, Di, 20, N, dtype=dtype, state=torch.float32))
+    whole = selective_scan_cases.call(scan_of(gpu), x, output_final_state=True)
+    state = x["initial_state"].clone()
+
+    def token(t):
+        timed = ("u", "delta", "B", "C", "z")
+        return {n: x[n][..., t] if n in timed else x[n] for n in selective_scan_cases.TENSORS[:8]}
+
+    options = {"delta_softplus": True, "state": state, "backend": gpu}
+    y = torch.stack([fla_ops.selective_scan_step(**token(t), **options) for t in range(20)], -1)
+    tolerance = {"rtol": 0, "atol": 8 * torch.finfo(dtype).eps * whole.y.abs().max().item()}
+    torch.testing.assert_close(y, whole.y, **tolerance)
+    tolerance["atol"] = 8 * torch.finfo(torch.float32).eps * whole.final_state.abs().max().item()
+    torch.testing.assert_close(state, whole.final_state, **tolerance)
+    pool = torch.full((5, Di, N), torch.nan, device="cuda")
+    pool[4] = x["initial_state"][0]
+    slots = torch.tensor([4, -1, -1], device="cuda")
+    y = fla_ops.selective_scan_step(**token(0), **options | {"state": pool, "state_indices": slots})
+    assert y[0].isfinite().all() and not y[1:].any() and pool[:4].isnan().all()
+
+
+def test_selective_scan_takes_memory_for_no_state_of_every_step(gpu):
+    """Less than a quarter of B Di L N values of float32, forward and backward together."""
+    shape, N = (2, 256, 2048), 64
+    inputs = on("cuda", selective_scan_cases.random_inputs(*shape, N, dtype=torch.bfloat16))
+    y = selective_scan_cases.call(scan_of(gpu), inputs).y  # compiles what has to be
+    dy = torch.randn_like(y)
+    leaf = {n: None if t is None else t.requires_grad_() for n, t in inputs.items()}
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    selective_scan_cases.call(scan_of(gpu), leaf).y.backward(dy)
+    taken = torch.cuda.max_memory_allocated() - before
+    every_state = 4 * shape[0] * shape[1] * shape[2] * N
+    print(f"{gpu}: {taken / 2**20:.0f} MiB, every state would be {every_state / 2**20:.0f} MiB")
+    assert taken < every_state / 4
+
+
+def test_selective_scan_replays_from_a_graph(gpu):
+    """A packed forward whose lengths change at replay, and a step."""
+    inputs = on("cuda", selective_scan_cases.random_inputs(1, 96, 300, dtype=torch.bfloat16))
+    cu = bounds([100, 0, 200]).cuda()
+    token = {n: t[..., 0].clone() if n in ("u", "delta", "B", "C", "z") else t for n, t in inputs.items()}
+    del token["initial_state"]
+    start = torch.randn(1, 96, 16, device="cuda")
+    state = start.clone()
+
+    def work():
+        y = selective_scan_cases.call(scan_of(gpu), inputs, cu_seqlens=cu).y
+        return y, fla_ops.selective_scan_step(**token, state=state, delta_softplus=True, backend=gpu)
+
+    with torch.no_grad():
+        torch.cuda.synchronize()
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            work()
+        side.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y, step = work()
+        cu.copy_(bounds([17, 200, 83]).cuda())
+        state.copy_(start)
+        graph.replay()
+        torch.cuda.synchronize()
+        seen = y.clone(), step.clone()
+        state.copy_(start)
+        for found, expected in zip(seen, work(), strict=True):
+            assert torch.equal(found, expected)
 
 
 # With the device.
