@@ -252,7 +252,7 @@ def _append_csv(path: Path) -> None:
 
 def _print_exponentials() -> None:
     for row in rows:
-        if row["share_of_exp"]:
+        if row["share_of_exp"] and row["variant"].startswith("fla_ops"):
             pace = (
                 f"{row['gexp_s']:.2f} Gexp/s, {row['share_of_exp']:.0%} of the {exp_rate():.1f} of exponentials alone"
             )
