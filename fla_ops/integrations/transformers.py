@@ -51,7 +51,8 @@ class _AcceleratedMixer:
         """hidden_states `[B, T, d]` -> `[B, T, d]`.
 
         cache_params: the cache whose layer `layer_idx` holds the states: read, continued from, and written.
-        attention_mask: `[B, T]`, or `[B, past + T]`, of which the last T columns count; nonzero = keep.
+        attention_mask: `[B, T]`, or `[B, past + T]`, of which the last T columns count; nonzero = keep. Its values are
+            read on the host, on a GPU at the price of a sync.
         """
         batch, length = hidden_states.shape[:2]
         if attention_mask is not None:
