@@ -210,7 +210,7 @@ def record(benchmark, request):
 
 
 def exponentials(case: bench_cases.Case, seconds: float) -> dict[str, float | str]:
-    """The two columns on exponentials: empty where they are not what a pass is made of."""
+    """The two columns on exponentials: empty where they are not the floor of a pass."""
     count = bench_cases.exponentials(case)
     gexps, limit = count / seconds / 1e9, exp_rate() if count else None
     return {"gexp_s": round(gexps, 3) if count else "", "share_of_exp": round(gexps / limit, 3) if limit else ""}

@@ -228,7 +228,7 @@ def _first(x: Tensors) -> torch.Tensor:
 
 
 def exponentials(case: Case) -> float:
-    """How many a pass is made of: only of the scan's does any limit speak."""
+    """How many exponentials a pass needs where they are its floor, in the scan; elsewhere 0."""
     return bench_scan.exponentials(case.sizes, case.kind == BACKWARD) if case.op == "selective_scan" else 0.0
 
 
