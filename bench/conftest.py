@@ -29,7 +29,7 @@ from fla_ops.commands.info import cpu_name
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 LONGEST_BAR = 20.0  # times our best; a slower variant's bar is cut there, and says so
-PACKAGES = ("torch", "triton", "transformers", "fla-core", "flash-qla")
+PACKAGES = ("torch", "triton", "transformers", "fla-core", "flash-qla", "mambapy", "mamba-ssm")
 
 
 def pytest_addoption(parser):
@@ -44,16 +44,30 @@ def pytest_addoption(parser):
 def fma_rate() -> float | None:
     """GFLOP/s of the machine: float32 multiply-adds of all threads, or None without a C++ compiler; on a GPU, a large
     bfloat16 matrix product."""
-    if bench_cases.device() == "cuda":
-        return _gemm_rate()
+    return _gemm_rate() if bench_cases.device() == "cuda" else _probe("fma_rate")
+
+
+@functools.cache
+def exp_rate() -> float | None:
+    """Gexp/s of the machine: float32 exponentials of all threads from their first-level caches, or None without a C++
+    compiler; on a GPU, the 16 a clock of each multiprocessor's special function units at the highest clock."""
+    if bench_cases.device() == "cpu":
+        return _probe("exp_rate")
+    found = torch.cuda.get_device_properties()
+    clock = getattr(found, "clock_rate", None)  # kHz; not every torch tells it
+    return 16 * found.multi_processor_count * clock / 1e6 if clock else None
+
+
+def _probe(name: str) -> float | None:
+    """What the function `name` of `<name>.cpp` measures, all threads together; None without a C++ compiler."""
     compiler = _build.compiler()
     if compiler is None:
         return None
     with tempfile.TemporaryDirectory() as folder:
-        library = f"{folder}/fma_rate.so"
+        library = f"{folder}/{name}.so"
         flags = ["-O3", "-march=native", "-shared", "-fPIC"]
-        subprocess.run([compiler, *flags, "-o", library, str(HERE / "fma_rate.cpp")], check=True)
-        rate = ctypes.CDLL(library).fma_rate
+        subprocess.run([compiler, *flags, "-o", library, str(HERE / f"{name}.cpp")], check=True)
+        rate = getattr(ctypes.CDLL(library), name)
     rate.restype, rate.argtypes = ctypes.c_double, [ctypes.c_double]
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
@@ -186,12 +200,20 @@ def record(benchmark, request):
             "share_of_copy": round(gbs / copy_bandwidth(), 3),
             "exactness": notes.get(variant, ""),
         }
+        info |= exponentials(case, timing.median)
         if bench_cases.device() == "cuda":
             info["peak_mib"] = timing.peak_mib
         benchmark.extra_info.update(info | provenance())
         rows.append(info)
 
     return enter
+
+
+def exponentials(case: bench_cases.Case, seconds: float) -> dict[str, float | str]:
+    """The two columns on exponentials: empty where they are not the floor of a pass."""
+    count = bench_cases.exponentials(case)
+    gexps, limit = count / seconds / 1e9, exp_rate() if count else None
+    return {"gexp_s": round(gexps, 3) if count else "", "share_of_exp": round(gexps / limit, 3) if limit else ""}
 
 
 # What is kept.
@@ -213,12 +235,28 @@ def _append_csv(path: Path) -> None:
     when = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M")
     known = {"date": when} | provenance()
     known |= {"fma_gflop_s": round(fma_rate() or 0, 1), "copy_gb_s": round(copy_bandwidth(), 1)}
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [*known, *rows[0]])
-        if new:
+    new = [known | row for row in rows]
+    old, header = [], []
+    if path.exists():
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            old, header = list(reader), list(reader.fieldnames)
+    wider = list(dict.fromkeys([*header, *new[0]]))
+    with path.open("w" if wider != header else "a", newline="") as file:
+        writer = csv.DictWriter(file, wider, restval="")
+        if wider != header:  # a file from before some column was measured: its rows leave it empty
             writer.writeheader()
-        writer.writerows(known | row for row in rows)
+            writer.writerows(old)
+        writer.writerows(new)
+
+
+def _print_exponentials() -> None:
+    for row in rows:
+        if row["share_of_exp"] and row["variant"].startswith("fla_ops"):
+            pace = (
+                f"{row['gexp_s']:.2f} Gexp/s, {row['share_of_exp']:.0%} of the {exp_rate():.1f} of exponentials alone"
+            )
+            print(f"{row['op']} {row['pass']} {row['shape']}, {row['variant']}: {pace}")
 
 
 def _draw(op: str, path: Path) -> None:
@@ -262,7 +300,9 @@ def pytest_sessionfinish(session, exitstatus):
     slug = re.sub(r"\W+", "-", f"{provenance()['device']} {provenance()['threads']} threads").strip("-").lower()
     RESULTS.mkdir(exist_ok=True)
     _append_csv(RESULTS / f"{slug}.csv")
-    print(f"\nrows appended to {RESULTS / f'{slug}.csv'}")
+    print()
+    _print_exponentials()
+    print(f"rows appended to {RESULTS / f'{slug}.csv'}")
     for op in dict.fromkeys(row["op"] for row in rows):
         path = RESULTS / f"{slug}-{op}.png"
         _draw(op, path)

@@ -127,7 +127,7 @@ def test_the_sdist_is_complete(sdist):
     wanted = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").iterdir()}
     assert any(n.endswith(".h") for n in wanted) and any(n.endswith(".inc") for n in wanted)
     wanted |= {"LICENSE", "README.md", "setup.py", "pyproject.toml", "kernels/__init__.py", "tests/conftest.py"}
-    wanted |= {"bench/conftest.py", "bench/fma_rate.cpp", "bench/pytest.ini"}
+    wanted |= {"bench/conftest.py", "bench/fma_rate.cpp", "bench/widest_vector.h", "bench/pytest.ini"}
     wanted |= {"fla_ops/py.typed", "fla_ops/reference/delta_rule.md"}
     assert wanted <= names, sorted(wanted - names)
     assert not [n for n in names if n.endswith((".so", ".pyc"))]

@@ -35,9 +35,8 @@ def run_short_list(family: str | None, seconds: float) -> int:
 
     where = torch.cuda.get_device_name() if bench_cases.device() == "cuda" else cpu_name()
     print(f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}; medians of interleaved calls.")
-    found = bench_cases.transformers_delta_rule()
-    if isinstance(found, str):
-        print(f"Not among the baselines: {found}. Install with: pip install 'fla_ops[bench]'")
+    for reason in bench_cases.missing_baselines(family):
+        print(f"Not among the baselines: {reason}. Install with: pip install 'fla_ops[bench]'")
     for case in bench_cases.cases():
         if not case.quick or (family and case.op != family):
             continue

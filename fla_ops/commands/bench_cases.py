@@ -18,6 +18,8 @@ import fla_ops
 from fla_ops._backend import why_not
 from fla_ops._native import levels
 
+from . import bench_scan
+
 Tensors = dict[str, torch.Tensor]
 FORWARD, BACKWARD, STEP = "forward", "forward+backward", "step"
 
@@ -44,7 +46,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     packed: tuple[int, ...] = ()  # sequence lengths; empty: not packed
     gated: bool = True  # the delta rule's: with a decay
-    channels_last: bool = False  # the convolution's memory layout
+    channels_last: bool = False  # the memory layout of the convolution and the scan
     quick: bool = False  # on the short list
 
     @property
@@ -61,12 +63,14 @@ class Case:
 
     @property
     def delta(self) -> bool:
-        """Whether the op is of the delta rule's kind, q, k, v and gates, and not the convolution."""
+        """Whether the op is of the delta rule's kind, q, k, v and gates."""
         return self.op in ("delta_rule", "delta_product")
 
     @property
     def options(self) -> dict[str, object]:
         """What the op is called with beside its tensors."""
+        if self.op == "selective_scan":
+            return {"delta_softplus": True}
         if not self.delta:
             return {"activation": "silu"}
         steps = {"num_householder": self.sizes["n"]} if self.op == "delta_product" and self.kind != STEP else {}
@@ -83,6 +87,10 @@ def _product(kind: str, T: int, D: int, n: int, H: int = 8, B: int = 1, **option
 
 def _conv(kind: str, D: int, L: int, B: int = 1, **options) -> Case:
     return Case("causal_conv1d", kind, {"B": B, "D": D, "L": L, "W": 4}, **options)
+
+
+def _scan(kind: str, Di: int, L: int, B: int = 1, **options) -> Case:
+    return Case("selective_scan", kind, {"B": B, "Di": Di, "L": L, "N": 16}, **options)
 
 
 _ON_CPU = (
@@ -112,6 +120,18 @@ _ON_CPU = (
     _conv(FORWARD, 1000, 1001),
     _conv(BACKWARD, 1536, 1024, quick=True),
     _conv(STEP, 1536, 1, quick=True),
+    *(
+        case
+        for kind in (FORWARD, BACKWARD)
+        for case in (
+            _scan(kind, 1536, 1024, quick=True),
+            _scan(kind, 1536, 1024, channels_last=True),
+            _scan(kind, 1536, 1024, dtype=torch.bfloat16),
+            _scan(kind, 1536, 16384),
+        )
+    ),
+    _scan(STEP, 1536, 1, quick=True),
+    _scan(STEP, 1536, 1, B=8),
 )
 
 _HALF = {"dtype": torch.bfloat16}
@@ -143,6 +163,13 @@ _ON_GPU = (
     _conv(BACKWARD, 4096, 8192, quick=True, **_HALF),
     _conv(BACKWARD, 4096, 8192, channels_last=True, quick=True, **_HALF),
     _conv(STEP, 4096, 1, B=64, quick=True, **_HALF),
+    *(
+        _scan(kind, Di, L, B=B, channels_last=last, quick=not last, **_HALF)
+        for B, Di, L in ((8, 4096, 2048), (1, 2048, 32768))
+        for kind in (FORWARD, BACKWARD)
+        for last in (False, True)
+    ),
+    _scan(STEP, 4096, 1, B=64, quick=True, **_HALF),
 )
 
 
@@ -175,21 +202,34 @@ def inputs(case: Case, length: int | None = None) -> Tensors:
         if case.gated:
             x["g"] = F.logsigmoid(torch.randn(*lead, s["H"]) + 2)
         state = (s["B"], s["H"], s["K"], s["V"])
+    elif case.op == "selective_scan":
+        x = bench_scan.inputs(s, case.dtype, None if case.kind == STEP else T, case.channels_last)
+        state = bench_scan.state_shape(s)
     else:
         x = {"x": rand(s["B"], s["D"]) if case.kind == STEP else rand(s["B"], s["D"], T)}
         x |= {"weight": torch.randn(s["D"], s["W"]) / 2, "bias": torch.randn(s["D"])}
         state = (s["B"], s["D"], s["W"] - 1)
     if case.kind == STEP:
         x["state"] = torch.randn(state)
-    if case.channels_last:
+    if case.channels_last and case.op == "causal_conv1d":
         x["x"] = x["x"].transpose(1, 2).contiguous().transpose(1, 2)
     x = {n: t.to(device()) for n, t in x.items()}
     if case.kind == BACKWARD:
         x = {n: t.requires_grad_() for n, t in x.items()}
-        x["do"] = rand(s["B"], T, s["H"], s["V"]).to(device()) if case.delta else torch.randn_like(x["x"])
+        x["do"] = rand(s["B"], T, s["H"], s["V"]).to(device()) if case.delta else torch.randn_like(_first(x))
     if packed:
         x["cu_seqlens"] = torch.tensor([0, *packed], device=device()).cumsum(0)
     return x
+
+
+def _first(x: Tensors) -> torch.Tensor:
+    """The tensor that the output has the shape of, in the convolution and in the scan."""
+    return next(iter(x.values()))
+
+
+def exponentials(case: Case) -> float:
+    """How many exponentials a pass needs where they are its floor, in the scan; elsewhere 0."""
+    return bench_scan.exponentials(case.sizes, case.kind == BACKWARD) if case.op == "selective_scan" else 0.0
 
 
 def work(case: Case) -> tuple[float, float]:
@@ -197,8 +237,10 @@ def work(case: Case) -> tuple[float, float]:
 
     The delta rule's operations are those of the chunked form with the smallest useful chunk of 16 rows, backward
     twice the forward: what a kernel recomputes, or does more in larger chunks, earns no credit. DeltaProduct has n rows
-    of keys and values a token, and one of queries. Bytes are each input and output once.
+    of keys and values a token, and one of queries. Bytes are each input and output once. The scan's: bench_scan.py.
     """
+    if case.op == "selective_scan":
+        return bench_scan.work(case.sizes, case.dtype.itemsize, case.kind == STEP, case.kind == BACKWARD)
     s, size = case.sizes, case.dtype.itemsize
     passes = 3 if case.kind == BACKWARD else 1
     if case.delta:
@@ -235,7 +277,8 @@ def _pass(case: Case, function: Callable[..., torch.Tensor]) -> Callable[[Tensor
 
 def _ours(case: Case, reference: bool) -> list[Variant]:
     op = getattr(fla_ops, f"{case.op}_step" if case.kind == STEP else case.op)
-    sizes = (case.sizes["K"], case.sizes["V"]) if case.delta else (case.sizes["W"],)
+    letters = {"causal_conv1d": ("W",), "selective_scan": ("N",)}.get(case.op, ("K", "V"))
+    sizes = tuple(case.sizes[letter] for letter in letters)
 
     def call(backend: str, **x: torch.Tensor) -> torch.Tensor:
         result = op(**x, **case.options, backend=backend)
@@ -255,7 +298,9 @@ def _ours(case: Case, reference: bool) -> list[Variant]:
                 Variant(f"fla_ops native {level}", run, ours=True, level=level)
                 for level in reversed(levels.available())
             ]
-    if not found or (reference and device() == "cpu"):  # on a GPU its step loop would take the whole day
+    # Its step loop would take the whole day on a GPU, and on a CPU for the gradients of a long scan.
+    slow = device() == "cuda" or case.kind == BACKWARD and case.sizes.get("L", 0) > 4096
+    if not found or (reference and not slow):
         found.append(Variant("fla_ops reference", _pass(case, functools.partial(call, "reference")), ours=True))
     return found
 
@@ -455,11 +500,25 @@ def _gpu_conv(case: Case) -> list[Variant]:
     return found
 
 
+def _theirs_scan(case: Case, compiled: bool) -> list[Variant]:
+    step, backward = case.kind == STEP, case.kind == BACKWARD
+    found = bench_scan.baselines(case.sizes, step, backward, device(), compiled)
+    return [Variant(name, _pass(case, function)) for name, function in found.items()]
+
+
 _THEIRS = {
     "delta_product": _theirs_delta_product,
     "delta_rule": _theirs_delta_rule,
     "causal_conv1d": _theirs_conv,
+    "selective_scan": _theirs_scan,
 }
+
+
+def missing_baselines(family: str | None) -> list[str]:
+    """Why baselines of `family`, or of any, that a `pip install` brings are not there."""
+    delta = transformers_delta_rule() if family in (None, "delta_rule", "delta_product") else None
+    scan = bench_scan.missing() if family in (None, "selective_scan") else []
+    return list(dict.fromkeys([delta] * isinstance(delta, str) + scan))
 
 
 def variants(case: Case, *, reference: bool = False, compiled: bool = False) -> list[Variant]:

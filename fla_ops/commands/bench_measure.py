@@ -14,6 +14,7 @@ import torch
 
 from fla_ops.testing import assert_matches_reference
 
+from . import bench_scan
 from .bench_cases import BACKWARD, STEP, Case, Tensors, Variant, device, inputs
 
 CHECK_LENGTH = 192  # tokens: several blocks of any kernel, and little enough for a float64 loop with gradients
@@ -38,6 +39,15 @@ class Timing:
         return statistics.fmean(self.cpu)
 
 
+# The inputs of a step that have no time axis and need one for the reference. DeltaProduct's others have one of n there.
+_TOKENS = {
+    "delta_rule": ("q", "k", "v", "beta", "g"),
+    "delta_product": ("q", "g"),
+    "causal_conv1d": ("x",),
+    "selective_scan": bench_scan.TOKENS,
+}
+
+
 def _reference(case: Case, x: Tensors, low: torch.dtype | None) -> tuple[torch.Tensor, ...]:
     """The pass on the reference: in float64, or in the case's dtype with operands rounded to `low`."""
     op = getattr(importlib.import_module(f"fla_ops.reference.{case.op}"), case.op)
@@ -47,9 +57,9 @@ def _reference(case: Case, x: Tensors, low: torch.dtype | None) -> tuple[torch.T
     options = case.options
     if case.kind == STEP:
         state = leaves.pop("state")
-        tokens = ("q", "k", "v", "beta", "g") if case.op == "delta_rule" else ("q", "g") if case.delta else ("x",)
+        tokens = _TOKENS[case.op]
         axis = 1 if case.delta else 2
-        if case.op == "delta_product":  # its other tensors have an axis of n in the place of time
+        if case.op == "delta_product":
             options = options | {"num_householder": case.sizes["n"]}
         leaves = {n: t.unsqueeze(axis) if n in tokens else t for n, t in leaves.items()}
         return (op(**leaves, initial_state=state, operand_dtype=low, **options)[0].squeeze(axis),)

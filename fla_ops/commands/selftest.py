@@ -79,7 +79,28 @@ def _causal_conv1d() -> Case:
     return Case(x, ("x",), {"activation": "silu"}, step)
 
 
-CASES = {"delta_rule": _delta_rule, "delta_product": _delta_product, "causal_conv1d": _causal_conv1d}
+def _selective_scan() -> Case:
+    B, Di, L, N, G = 2, 36, 70, 12, 2
+    x = {"u": torch.randn(B, Di, L), "delta": torch.randn(B, Di, L), "A": -torch.rand(Di, N) - 0.1}
+    x |= {"B": torch.randn(B, G, N, L), "C": torch.randn(B, G, N, L), "D": torch.randn(Di), "z": torch.randn(B, Di, L)}
+    x |= {"delta_bias": torch.randn(Di) - 1, "initial_state": torch.randn(B, Di, N)}
+    main = ("u", "delta", "B", "C", "z")
+
+    def step(inputs: Tensors, state: torch.Tensor, options: dict, backend: str) -> torch.Tensor:
+        tokens = [{n: t[..., i] if n in main else t for n, t in inputs.items()} for i in range(L)]
+        return torch.stack(
+            [fla_ops.selective_scan_step(**x, state=state, backend=backend, **options) for x in tokens], -1
+        )
+
+    return Case(x, main, {"delta_softplus": True}, step)
+
+
+CASES = {
+    "causal_conv1d": _causal_conv1d,
+    "delta_product": _delta_product,
+    "delta_rule": _delta_rule,
+    "selective_scan": _selective_scan,
+}
 
 
 def _cast(case: Case, dtype: torch.dtype, device: str) -> Tensors:
