@@ -566,10 +566,13 @@ def allocations(op, x):
 
 @pytest.mark.parametrize("N", [16, 64])
 def test_the_states_of_all_steps_are_never_written(backend, N):
-    """Not one piece of memory of B Di L N values, nor of a quarter of it."""
+    """Not one piece of memory of B Di L N values, nor of a quarter of it.
+
+    What each thread of a CPU keeps for a block of steps is as large as the states of about 120 steps here, for any L.
+    """
     if backend == "reference":
         pytest.skip("it keeps every state")
-    batch, Di, L = 2, 16, 128
+    batch, Di, L = 2, 16, 128 if backend == "triton" else 768
     largest = allocations(op_of(backend), random_inputs(batch, Di, L, N, state=torch.float32))[0]
     print(f"{backend}, N = {N}: the largest piece has {largest / (4 * batch * Di * L):.2f} B Di L values")
     assert largest < batch * Di * L * N * 4 / 4
