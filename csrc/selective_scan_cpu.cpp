@@ -227,7 +227,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   Tensor du = like(kU, &u), ddelta = like(kDelta, &delta), dz = like(kZ, optional(z));
   Tensor dA = like(kA, &A), dB = like(kB, &wB), dC = like(kC, &wC);
   Tensor dD = like(kD, optional(D)), dbias = like(kDeltaBias, optional(delta_bias));
-  Tensor dinitial = torch::stable::new_empty(u, {0}, exact);
+  Tensor dinitial = torch::stable::new_empty(u, {0});
   if (needed(kInitialState)) dinitial = torch::stable::new_empty(u, {p.S, p.Di, p.N}, exact);
 
   const std::vector<ScanPart> all = parts(p);
