@@ -177,7 +177,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& u, const Tensor& delta,
 
 constexpr int64_t kMostParts = 16;
 
-// The backward's parts of the channels: whole blocks, and at most kMostParts, so that the sums over channels stay small.
+// The backward's parts of the channels: whole blocks, and at most kMostParts, so that sums over channels stay small.
 std::vector<ScanPart> parts(const Problem& p) {
   const int64_t blocks = ceil_div(p.Di, p.lanes), count = std::min(blocks, kMostParts);
   std::vector<ScanPart> result;
