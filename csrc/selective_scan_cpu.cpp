@@ -177,7 +177,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& u, const Tensor& delta,
 
 constexpr int64_t kMostParts = 16;
 
-// The backward's parts of the channels: whole blocks, and at most kMostParts, so that the sums over channels stay small.
+// The backward's parts of the channels: whole blocks, and at most kMostParts, so that sums over channels stay small.
 std::vector<ScanPart> parts(const Problem& p) {
   const int64_t blocks = ceil_div(p.Di, p.lanes), count = std::min(blocks, kMostParts);
   std::vector<ScanPart> result;
@@ -227,7 +227,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   Tensor du = like(kU, &u), ddelta = like(kDelta, &delta), dz = like(kZ, optional(z));
   Tensor dA = like(kA, &A), dB = like(kB, &wB), dC = like(kC, &wC);
   Tensor dD = like(kD, optional(D)), dbias = like(kDeltaBias, optional(delta_bias));
-  Tensor dinitial = torch::stable::new_empty(u, {0}, exact);
+  Tensor dinitial = torch::stable::new_empty(u, {0});
   if (needed(kInitialState)) dinitial = torch::stable::new_empty(u, {p.S, p.Di, p.N}, exact);
 
   const std::vector<ScanPart> all = parts(p);
