@@ -246,6 +246,17 @@ SIGNATURES = {
         f"(q: {T}, k: {T}, v: {T}, beta: {T}, g: {T} | None = None, *, state: {T}, scale: float | None = None, "
         f"qk_l2norm: bool = False, state_indices: {T} | None = None, backend: str = 'auto') -> {T}"
     ),
+    "selective_scan": (
+        f"(u: {T}, delta: {T}, A: {T}, B: {T}, C: {T}, D: {T} | None = None, *, z: {T} | None = None, "
+        f"delta_bias: {T} | None = None, delta_softplus: bool = False, initial_state: {T} | None = None, "
+        f"output_final_state: bool = False, cu_seqlens: {T} | None = None, backend: str = 'auto') -> "
+        "fla_ops.selective_scan.SelectiveScanOutput"
+    ),
+    "selective_scan_step": (
+        f"(u: {T}, delta: {T}, A: {T}, B: {T}, C: {T}, D: {T} | None = None, *, state: {T}, z: {T} | None = None, "
+        f"delta_bias: {T} | None = None, delta_softplus: bool = False, state_indices: {T} | None = None, "
+        f"backend: str = 'auto') -> {T}"
+    ),
     "backends": "() -> dict[str, dict]",
     "check_values": "(on: bool) -> None",
     "param_groups": "(model: torch.nn.modules.module.Module, weight_decay: float) -> list[dict]",
@@ -253,6 +264,7 @@ SIGNATURES = {
     "CausalConv1dOutput": f"(y: {T}, final_state: {T} | None)",
     "DeltaProductOutput": f"(o: {T}, final_state: {T} | None)",
     "DeltaRuleOutput": f"(o: {T}, final_state: {T} | None)",
+    "SelectiveScanOutput": f"(y: {T}, final_state: {T} | None)",
 }
 
 

@@ -24,6 +24,7 @@ from .. import _checks
 from ..causal_conv1d import MAX_WIDTH, causal_conv1d
 from ..compat import _conv_cache
 from ..layers._packing import kept_tokens, pack, unpack
+from ..layers._plain import is_plain
 from ..selective_scan import selective_scan, selective_scan_step
 
 OLDEST = (5, 17)  # the first whose cache layers are what is read here
@@ -135,7 +136,7 @@ class _AcceleratedMixer:
     def _selection(self, u):
         """(delta, the bias that the scan adds to it or None, B, C) of u `[..., Di]`, channels last."""
         time_step, B, C = self._projections(u)
-        if _is_plain(self.dt_proj):  # the scan adds the bias in float32
+        if is_plain(self.dt_proj, nn.Linear):  # the scan adds the bias in float32
             return F.linear(time_step, self.dt_proj.weight), _wide(self.dt_proj.bias), B, C
         return self.dt_proj(time_step), None, B, C
 
@@ -237,12 +238,6 @@ def _kept(mixer: nn.Module, mask: torch.Tensor, batch: int, length: int) -> torc
         expected = f"of shape [B={batch}, T={length}], or that with columns for past tokens before"
         raise _checks.bad(ValueError, type(mixer).__name__, "attention_mask", expected, list(mask.shape))
     return mask[:, -length:] != 0
-
-
-def _is_plain(linear: nn.Module) -> bool:
-    """Whether calling `linear` is nothing but a product with its weight and the sum with its bias."""
-    hooks = linear._forward_pre_hooks or linear._forward_hooks or linear._backward_hooks or linear._backward_pre_hooks
-    return type(linear) is nn.Linear and not hooks and "forward" not in vars(linear)
 
 
 def _wide(parameter: torch.Tensor | None) -> torch.Tensor | None:
