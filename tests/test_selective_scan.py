@@ -78,6 +78,8 @@ def test_layouts(backend, ways, layout):
 
 @pytest.mark.parametrize("layout", ["channel-first", "channel-last"])
 def test_results_have_the_layout_of_their_inputs(backend, layout):
+    if backend == "reference":
+        pytest.skip("the kernels' promise")
     x = random_inputs()
     for name in ("u", "delta", "z"):
         x[name] = LAYOUTS[layout](x[name])
@@ -216,8 +218,8 @@ def test_a_gradient_into_one_result_alone(backend, end):
     for which in (backend, "reference"):
         out = call(fla_ops.selective_scan, x, delta_softplus=True, output_final_state=True, backend=which)
         grads.append(torch.autograd.grad(getattr(out, end).square().sum(), list(x.values()), allow_unused=True))
-    for name, actual, expected in zip(x, *grads, strict=True):
-        expected = torch.zeros_like(actual) if expected is None else expected
+    for name, *pair in zip(x, *grads, strict=True):
+        actual, expected = (torch.zeros_like(x[name]) if grad is None else grad for grad in pair)
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12, msg=name)
 
 
