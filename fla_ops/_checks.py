@@ -217,6 +217,19 @@ def no_grad_needed(op: str, *tensors: torch.Tensor | None, time: str = "T") -> N
         )
 
 
+def signature(*tensors: torch.Tensor | None) -> tuple | None:
+    """Shapes, strides, dtypes and devices: what checks that look at no value depend on, as a key to skip them by.
+
+    None where there is no such key: for what is no tensor, and while tracing, where sizes are symbols.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    try:
+        return tuple(x if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors)
+    except (AttributeError, RuntimeError):  # not a tensor; a sparse one, which has no strides
+        return None
+
+
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The main tensors, cast if autocast is on. Like torch's own rule, float64 is left alone."""
     device = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else "cpu"
