@@ -24,7 +24,8 @@ of q or k ends with dx -= x (x . dx) / |x|^2. One program of `rows` adds a group
 States, sums and row factors are float32 (float64 for float64); what goes from launch to launch has the input dtype.
 Workspace a token and value head, in elements of it: 2 K V / BT (S0, dS1), 2 V (X, dR), 5 BT (M, P, gamma, W, B), and
 25 float32 (a, b, c, beta, two norms, parts of dbeta and dg, 17 of `prepare`): 2,276 bytes at K = V = 128, BT = 64 in
-bfloat16. The kernels of scores and rows are in delta_rule_gradients.py.
+bfloat16. For groups, or beyond K = 128, `rows` takes queries before keys, for want of registers: it reads S0 twice, and
+one more float32, a part of dg, waits in memory. The kernels of scores and rows are in delta_rule_gradients.py.
 """
 
 import torch
@@ -474,6 +475,10 @@ def backward(
     inner = q.new_empty(slots, HV, 1 + keys, BT, BT) if rows_too else None
     sums = torch.empty(slots, HV, 2, BT, dtype=compute, device=q.device) if need_beta or need_g else None
 
+    # Three sums over all channels of the rows, and two more where value heads are added, do not fit into registers.
+    apart = HV > H or K > 128
+    own = torch.empty(slots, HV, BT, dtype=compute, device=q.device) if apart and need_g else None
+
     align = alignment(q, k, v, do)
     tma = config.tma and align > 1 and rows == BT and power_of_two(K) == K
     tma = tma and V % BV == 0 and all(x.data_ptr() % 16 == 0 for x in (q, k, v, do))
@@ -518,9 +523,9 @@ def backward(
             constants = constexprs(**by_chunk("scores"))
             launch(score_gradients_kernel, (slots, HV), args, constants)
             args = (
-                q, k, do, inner, sums, norms, factors, decay, S0, X, dR, dS, dq, dk, dbeta, dg, cu_seqlens, T, N, HV //
-                H, *q.stride()[:3], *k.stride()[:3], *do.stride()[:3],
+                q, k, do, inner, sums, own, norms, factors, decay, S0, X, dR, dS, dq, dk, dbeta, dg, cu_seqlens, T, N,
+                HV // H, *q.stride()[:3], *k.stride()[:3], *do.stride()[:3],
             )  # fmt: skip
-            constants = constexprs(**by_chunk("rows"))
+            constants = constexprs(**by_chunk("rows"), APART=apart)
             launch(row_gradients_kernel, (slots, H), args, constants)
     return grads

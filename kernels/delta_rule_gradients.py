@@ -243,6 +243,68 @@ def _times(x, r, TRANSPOSED: tl.constexpr):
     return tl.trans(x) if TRANSPOSED else x
 
 
+@triton.jit
+def _through_states(
+    do,  # from here on, pointers to the chunk's first element
+    S0,
+    X,
+    dR,
+    dS,
+    do_t,
+    live,
+    compute: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    STEPS: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,
+    QUERIES: tl.constexpr,  # which of the sums are wanted
+    KEYS: tl.constexpr,
+    PRODUCT: tl.constexpr,
+):
+    """dO S0^T, X dS1^T, dR S0^T, and <dS1, S0> for `_trace`; zeros where they are not wanted.
+
+    All in one loop read the states once: they are most of what is read.
+    """
+    last = _rolled(V, BV)
+    through = tl.zeros((BT, BK), compute)
+    to_end = tl.zeros((BT, BK), compute)
+    from_start = tl.zeros((BT, BK), compute)
+    # <dS1, S0>: on tensor cores the trace of a product; in IEEE arithmetic a sum of short sums, which rounds less.
+    whole = tl.zeros((BK,), compute) if PARTS == 1 else tl.zeros((BV, BV), compute)
+    for first in tl.range(0, last, BV, num_stages=STAGES):
+        columns = V - first
+        S_tile = _rows_of(S0 + first * K, K, columns, K, BV, BK)
+        if QUERIES:
+            do_tile = _tokens_of(do + first, do_t, live, columns, BT, BV, STEPS)
+            through = dot(do_tile, S_tile, through, PRECISION)
+        if KEYS:
+            X_tile = _rows_of(X + first * BT, BT, columns, BT, BV, BT)
+            dR_tile = _rows_of(dR + first * BT, BT, columns, BT, BV, BT)
+            dS_tile = _rows_of(dS + first * K, K, columns, K, BV, BK)
+            to_end = dot(tl.trans(X_tile), dS_tile, to_end, PRECISION)
+            from_start = dot(tl.trans(dR_tile), S_tile, from_start, PRECISION)
+            if PRODUCT:
+                if PARTS == 1:
+                    whole += tl.sum(S_tile.to(compute) * dS_tile, 0)
+                else:
+                    whole = dot(S_tile, tl.trans(dS_tile), whole, PRECISION)
+    return through, to_end, from_start, whole
+
+
+@triton.jit
+def _trace(whole, PARTS: tl.constexpr):
+    """<dS1, S0> of what `_through_states` added up."""
+    if PARTS == 2:
+        column = tl.arange(0, whole.shape[0])
+        whole = tl.where(column[:, None] == column[None, :], whole, 0.0)
+    return tl.sum(whole)
+
+
 @triton.jit(do_not_specialize=["T", "N", "q_b", "k_b", "do_b"])
 def row_gradients_kernel(
     q,  # [B, T, H, K]
@@ -250,6 +312,7 @@ def row_gradients_kernel(
     do,  # [B, T, HV, V]
     inner,  # [slots, HV, 1 or 2, BT, BT], as score_gradients_kernel left it
     sums,  # [slots, HV, 2, BT] or None, likewise
+    own,  # [slots, HV, BT] or None: keeps a part of dg from queries to keys where these are APART
     norms,  # [slots, HV, 2, BT] or None: r_k, r_q
     factors,  # [slots, HV, 4, BT]: a, b, c, beta
     decay,  # [slots, HV]
@@ -285,6 +348,7 @@ def row_gradients_kernel(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     PARTS: tl.constexpr,  # 1: add products of states in IEEE arithmetic
+    APART: tl.constexpr,  # queries before keys, not side by side: fewer registers, and the entry state is read twice
 ):
     """Through the entry state for queries, through the exit and the entry state for keys.
 
@@ -319,7 +383,6 @@ def row_gradients_kernel(
     if live <= 0:
         return
     row = tl.arange(0, BT)
-    last = _rolled(V, BV)
     alive = row < live
     upper = row[:, None] < row[None, :]
     q += tl.multiple_of(batch * q_b, ALIGN) + token // STEPS * q_t + head * q_h
@@ -327,91 +390,96 @@ def row_gradients_kernel(
     # A group's heads share norms.
     norm_k = norms + (tl.cast(slot, tl.int64) * HV + head * group) * (2 * BT) if norms is not None else None
     norm_q = norm_k + BT if norms is not None else None
-    grad_q = tl.zeros((BT, BK), compute)
-    grad_k = tl.zeros((BT, BK), compute)
-    for member in tl.range(group, num_stages=1, disable_licm=True):
-        hv = head * group + member
-        at = tl.cast(slot, tl.int64) * HV + hv
-        do_at = do + tl.multiple_of(batch * do_b, ALIGN) + token // STEPS * do_t + hv * do_h
-        inner_at = _square(inner + at * ((BT * BT) * (1 if dR is None else 2)), BT)
+    for part in tl.static_range(2 if APART else 1):  # APART: queries first, then keys
+        grad_q = tl.zeros((BT, BK), compute)
+        grad_k = tl.zeros((BT, BK), compute)
+        for member in tl.range(group, num_stages=1, disable_licm=True):
+            hv = head * group + member
+            at = tl.cast(slot, tl.int64) * HV + hv
+            inner_at = _square(inner + at * ((BT * BT) * (1 if dR is None else 2)), BT)
+            through, to_end, from_start, whole = _through_states(
+                do + tl.multiple_of(batch * do_b, ALIGN) + token // STEPS * do_t + hv * do_h,
+                S0 + at * (K * V),
+                X + at * (BT * V),
+                dR + at * (BT * V) if KEYS else None,
+                dS + at * (K * V) if KEYS else None,
+                do_t,
+                live,
+                compute,
+                K,
+                V,
+                STEPS,
+                BT,
+                BK,
+                BV,
+                STAGES,
+                PRECISION,
+                PARTS,
+                QUERIES=(QUERIES or (dg is not None)) and part == 0,
+                KEYS=KEYS and part == (1 if APART else 0),
+                PRODUCT=dg is not None,
+            )
+            if APART and part == 1 and (dg is not None):
+                whole = _trace(whole, PARTS)
+            q_tile = _tokens_of(q, q_t, live, K, BT, BK, STEPS)
+            k_tile = _rows_of(k, k_t, live, K, BT, BK)
 
-        through = tl.zeros((BT, BK), compute)  # the entry state, from queries
-        to_end = tl.zeros((BT, BK), compute)
-        from_start = tl.zeros((BT, BK), compute)
-        # <dS1, S0>: on tensor cores the trace of a product; in IEEE arithmetic a sum of short sums, which rounds less.
-        whole = tl.zeros((BK,), compute) if PARTS == 1 else tl.zeros((BV, BV), compute)
-        for first in tl.range(0, last, BV, num_stages=STAGES):  # states are read once: they are most of what is read
-            columns = V - first
-            S_tile = _rows_of(S0 + at * (K * V) + first * K, K, columns, K, BV, BK)
-            if QUERIES or (dg is not None):
-                do_tile = _tokens_of(do_at + first, do_t, live, columns, BT, BV, STEPS)
-                through = dot(do_tile, S_tile, through, PRECISION)
-            if KEYS:
-                X_tile = _rows_of(X + at * (BT * V) + first * BT, BT, columns, BT, BV, BT)
-                dR_tile = _rows_of(dR + at * (BT * V) + first * BT, BT, columns, BT, BV, BT)
-                dS_tile = _rows_of(dS + at * (K * V) + first * K, K, columns, K, BV, BK)
-                to_end = dot(tl.trans(X_tile), dS_tile, to_end, PRECISION)
-                from_start = dot(tl.trans(dR_tile), S_tile, from_start, PRECISION)
+            if (QUERIES or (dg is not None)) and part == 0:
+                b = tl.load(factors + at * (4 * BT) + BT + row)
+                if norms is not None:
+                    b = b / tl.load(norm_q + row)
+                through *= b[:, None]
+                if dg is not None:  # over m, from the entry state to m or later
+                    from_entry = _row_products(through, q_tile, PRECISION)
+                    if norms is not None:
+                        from_entry *= tl.load(norm_q + row)
+                    if APART:
+                        tl.store(own + at * BT + row, from_entry)
+                if QUERIES:
+                    grad_q += through
+                    grad_q = dot(_times(tl.load(inner_at), norm_k, True), k_tile, grad_q, PRECISION)
+                    if group == 1:  # now, not behind the loop: sums fill the registers
+                        _store_rows(dq, grad_q, q_tile, H * K, norm_q, token, live, K, STEPS, BT, BK)
+            if KEYS and part == (1 if APART else 0):
+                exit = tl.load(factors + at * (4 * BT) + 2 * BT + row)
+                entry = tl.load(factors + at * (4 * BT) + row)
+                rate = tl.load(factors + at * (4 * BT) + 3 * BT + row)
+                if norms is not None:
+                    exit = exit / tl.load(norm_k + row)
+                    entry = entry / tl.load(norm_k + row)
+                from_start *= entry[:, None]
+                if sums is not None:
+                    read = _row_products(from_start, k_tile, PRECISION)
+                    if norms is not None:
+                        read *= tl.load(norm_k + row)
+                if dbeta is not None:
+                    inside = tl.load(sums + at * (2 * BT) + row)
+                    tl.store(dbeta + (token + row) * HV + hv, cast(inside - read, dbeta.dtype.element_ty), mask=alive)
+                to_end *= exit[:, None]
                 if dg is not None:
-                    if PARTS == 1:
-                        whole += tl.sum(S_tile.to(compute) * dS_tile, 0)
-                    else:
-                        whole = dot(S_tile, tl.trans(dS_tile), whole, PRECISION)
-        q_tile = _tokens_of(q, q_t, live, K, BT, BK, STEPS)
-        k_tile = _rows_of(k, k_t, live, K, BT, BK)
-
-        if QUERIES or (dg is not None):
-            b = tl.load(factors + at * (4 * BT) + BT + row)
-            if norms is not None:
-                b = b / tl.load(norm_q + row)
-            through *= b[:, None]
-            if dg is not None:  # over m, from the entry state to m or later
-                own = _row_products(through, q_tile, PRECISION)
-                if norms is not None:
-                    own *= tl.load(norm_q + row)
-            if QUERIES:
-                grad_q += through
-                grad_q = dot(_times(tl.load(inner_at), norm_k, True), k_tile, grad_q, PRECISION)
-                if group == 1:  # now, not behind the loop: sums fill the registers
-                    _store_rows(dq, grad_q, q_tile, H * K, norm_q, token, live, K, STEPS, BT, BK)
-        if KEYS:
-            exit = tl.load(factors + at * (4 * BT) + 2 * BT + row)
-            entry = tl.load(factors + at * (4 * BT) + row)
-            rate = tl.load(factors + at * (4 * BT) + 3 * BT + row)
-            if norms is not None:
-                exit = exit / tl.load(norm_k + row)
-                entry = entry / tl.load(norm_k + row)
-            from_start *= entry[:, None]
-            if sums is not None:
-                read = _row_products(from_start, k_tile, PRECISION)
-                if norms is not None:
-                    read *= tl.load(norm_k + row)
-            if dbeta is not None:
-                inside = tl.load(sums + at * (2 * BT) + row)
-                tl.store(dbeta + (token + row) * HV + hv, cast(inside - read, dbeta.dtype.element_ty), mask=alive)
-            to_end *= exit[:, None]
-            if dg is not None:
-                later = _row_products(to_end, k_tile, PRECISION)  # over m, to the exit state from before it
-                if norms is not None:
-                    later *= tl.load(norm_k + row)
-                own = tl.where(alive, own - rate * read, 0.0)
-                if PARTS == 2:
-                    column = tl.arange(0, BV)
-                    whole = tl.where(column[:, None] == column[None, :], whole, 0.0)
-                total = tl.load(decay + at)
-                gate = tl.where(total == 0, 0.0, total * tl.sum(whole)) + tl.load(sums + at * (2 * BT) + BT + row)
-                gate += tl.sum(tl.where(upper, later[:, None], own[:, None]), 0)
-                opens = alive & (row % STEPS == 0)  # a token's gate is that of its first row
-                tl.store(dg + (token + row) // STEPS * HV + hv, cast(gate, dg.dtype.element_ty), mask=opens)
-            if dk is not None:
-                grad_k += to_end - from_start * rate[:, None]
-                grad_k = dot(_times(tl.load(inner_at), norm_q, False), q_tile, grad_k, PRECISION)
-                B_tile = tl.load(inner_at + BT * BT)
-                grad_k = dot(_times(B_tile, norm_k, False), k_tile, grad_k, PRECISION)
-                grad_k = dot(_times(B_tile, norm_k, True), k_tile, grad_k, PRECISION)
-    if QUERIES and group > 1:
-        _store_rows(
-            dq, grad_q, _tokens_of(q, q_t, live, K, BT, BK, STEPS), H * K, norm_q, token, live, K, STEPS, BT, BK
-        )
-    if dk is not None:
-        _store_rows(dk, grad_k, _rows_of(k, k_t, live, K, BT, BK), H * K, norm_k, token, live, K, 1, BT, BK)
+                    later = _row_products(to_end, k_tile, PRECISION)  # over m, to the exit state from before it
+                    if norms is not None:
+                        later *= tl.load(norm_k + row)
+                    if APART:
+                        from_entry = tl.load(own + at * BT + row)
+                    start = tl.where(alive, from_entry - rate * read, 0.0)
+                    if not APART:
+                        whole = _trace(whole, PARTS)
+                    total = tl.load(decay + at)
+                    gate = tl.where(total == 0, 0.0, total * whole) + tl.load(sums + at * (2 * BT) + BT + row)
+                    gate += tl.sum(tl.where(upper, later[:, None], start[:, None]), 0)
+                    opens = alive & (row % STEPS == 0)  # a token's gate is that of its first row
+                    tl.store(dg + (token + row) // STEPS * HV + hv, cast(gate, dg.dtype.element_ty), mask=opens)
+                if dk is not None:
+                    grad_k += to_end - from_start * rate[:, None]
+                    grad_k = dot(_times(tl.load(inner_at), norm_q, False), q_tile, grad_k, PRECISION)
+                    B_tile = tl.load(inner_at + BT * BT)
+                    grad_k = dot(_times(B_tile, norm_k, False), k_tile, grad_k, PRECISION)
+                    grad_k = dot(_times(B_tile, norm_k, True), k_tile, grad_k, PRECISION)
+        if QUERIES and group > 1 and part == 0:
+            q_tile = _tokens_of(q, q_t, live, K, BT, BK, STEPS)
+            _store_rows(dq, grad_q, q_tile, H * K, norm_q, token, live, K, STEPS, BT, BK)
+        if (dk is not None) and part == (1 if APART else 0):
+            _store_rows(dk, grad_k, _rows_of(k, k_t, live, K, BT, BK), H * K, norm_k, token, live, K, 1, BT, BK)
+        if APART and part == 0 and (dg is not None):
+            tl.debug_barrier()  # `own` is read by other threads than wrote it

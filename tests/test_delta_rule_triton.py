@@ -46,6 +46,13 @@ def test_every_row_in_other_dtypes(dtype, K, V, monkeypatch):
     check("triton", random_inputs(T=40, H=1, HV=2, K=K, V=V, dtype=dtype, state=torch.float32), device=DEVICE)
 
 
+@pytest.mark.parametrize("K, V", [(128, 64), (256, 64)])
+def test_rows_of_ungrouped_heads(K, V):
+    """Their gradients of queries and keys take other sums side by side than those of groups do."""
+    inputs = random_inputs(T=70, H=1, HV=1, K=K, V=V, dtype=torch.bfloat16, side=torch.float32, state=torch.float32)
+    check("triton", inputs, device=DEVICE, qk_l2norm=True)
+
+
 @pytest.mark.parametrize("lengths", [[70, 0, 1, 64], [3, 130]], ids=str)
 def test_packed_through_descriptors(lengths):
     """A descriptor ends with its sequence: what lies behind it is read as 0, and not written."""
