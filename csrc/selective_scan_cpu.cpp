@@ -220,7 +220,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const auto like = [&](int i, const Tensor* x) {
     if (!x || !needed(i)) return torch::stable::new_empty(u, {0});
     Tensor grad = torch::stable::empty_like(*x);
-    if (!p.covered() && (i == kU || i == kDelta || i == kZ)) torch::stable::zero_(grad);
+    const bool along_time = i == kU || i == kDelta || i == kZ;
+    if (along_time ? !p.covered() : p.B == 0) torch::stable::zero_(grad);  // nobody else writes it then
     return grad;
   };
   const auto optional = [](const Optional& x) { return x ? &*x : nullptr; };

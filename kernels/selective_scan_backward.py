@@ -68,6 +68,14 @@ def _gated(dy, z, dtype: tl.constexpr):
     return g * gate * sigmoid, gate, sigmoid
 
 
+@triton.jit
+def _add(total, lost, x):
+    """(total + x, what rounding has lost): Kahan's sum, for one number a channel over all steps."""
+    y = x - lost
+    more = total + y
+    return more, (more - total) - y
+
+
 @triton.jit(do_not_specialize=_RUN_TIME)
 def reverse_kernel(
     delta,  # [B, Di, L]
@@ -225,8 +233,8 @@ def gradients_kernel(
         c = load_states(C, C_g, C_t, channel, live, N, BN, dtype)
         sum_C = tl.zeros([BN, BD], dtype)
     sum_A = tl.zeros([BN, BD], dtype)
-    sum_D = tl.zeros([BD], dtype)
-    sum_bias = tl.zeros([BD], dtype)
+    sum_D, lost_D = tl.zeros([BD], dtype), tl.zeros([BD], dtype)
+    sum_bias, lost_bias = tl.zeros([BD], dtype), tl.zeros([BD], dtype)
     saved = first_of(cu_seqlens, s, start, L, CHECKPOINT)
     RUNS: tl.constexpr = CHECKPOINT // RUN
     scratch += tl.program_id(0).to(tl.int64) * (RUNS * BN * BD) + n[:, None] * BD + tl.arange(0, BD)[None, :]
@@ -293,7 +301,7 @@ def gradients_kernel(
                     tl.store(dz + place * Di, cast(dgate, dz.dtype.element_ty), mask=live & inside)
                 else:
                     g, gate, sigmoid = _gated(dys[i], None, dtype)
-                sum_D += g * x
+                sum_D, lost_D = _add(sum_D, lost_D, g * x)
                 if CONSTANT_C:
                     sum_C += g[None, :] * h
                 elif dC is not None:
@@ -312,7 +320,7 @@ def gradients_kernel(
                 if SOFTPLUS:
                     dsize *= 1 / (1 + tl.exp(-(deltas[i].to(dtype) + bias)))
                 dsize = tl.where(inside, dsize, 0)
-                sum_bias += dsize
+                sum_bias, lost_bias = _add(sum_bias, lost_bias, dsize)
                 tl.store(ddelta + place * Di, cast(dsize, ddelta.dtype.element_ty), mask=live & inside)
                 G *= kept[2 * i + 1]
         tl.debug_barrier()

@@ -78,8 +78,8 @@ def test_layouts(backend, ways, layout):
 
 @pytest.mark.parametrize("layout", ["channel-first", "channel-last"])
 def test_results_have_the_layout_of_their_inputs(backend, layout):
-    if backend == "reference":
-        pytest.skip("the kernels' promise")
+    if backend != "native":
+        pytest.skip("the native kernels' promise: Triton's results have channels innermost")
     x = random_inputs()
     for name in ("u", "delta", "z"):
         x[name] = LAYOUTS[layout](x[name])
@@ -110,15 +110,6 @@ def test_channels_and_groups(backend, ways, Di, G):
     x = random_inputs(1 if Di > 100 else 2, Di, 20, 6, G)
     for _ in ways():
         check(backend, x, delta_softplus=True)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-def test_different_groups_of_B_and_C(backend, ways, dtype):
-    x = random_inputs(2, 48, 70, 5, 3, dtype=dtype)
-    for groups in (1, 2, 6, 48):
-        x["C"] = random_inputs(2, 48, 70, 5, groups, dtype=dtype, seed=groups)["C"]
-        for _ in ways():
-            check(backend, x, delta_softplus=True)
 
 
 @pytest.mark.parametrize("constant", ["B", "C", "BC"])
