@@ -35,11 +35,19 @@ def step_sizes(x, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
+def when(condition, mask):
+    """mask where a scalar condition holds. As `mask & condition` Triton 3.9's interpreter takes no mask."""
+    return tl.where(condition, mask, False)
+
+
+@triton.jit
 def load_run(at, stride, first, last, live, COUNT: tl.constexpr):
     """Steps first .. first + COUNT - 1 of [BD] channels as they are in memory; zeros from `last` on."""
     tiles = ()
     for i in tl.static_range(COUNT):
-        tiles = tiles + (tl.load(at + tl.cast(first + i, tl.int64) * stride, mask=live & (first + i < last), other=0),)
+        tiles = tiles + (
+            tl.load(at + tl.cast(first + i, tl.int64) * stride, mask=when(first + i < last, live), other=0),
+        )
     return tiles
 
 
@@ -49,9 +57,7 @@ def load_projections(at, stride, first, last, N: tl.constexpr, BN: tl.constexpr,
     n = tl.arange(0, BN)
     tiles = ()
     for i in tl.static_range(COUNT):
-        mask = first + i < last
-        if BN > N:
-            mask = (n < N) & (first + i < last)
+        mask = when(first + i < last, n < N)
         tiles = tiles + (tl.load(at + tl.cast(first + i, tl.int64) * stride, mask=mask, other=0),)
     return tiles
 

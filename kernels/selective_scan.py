@@ -44,6 +44,7 @@ from ._scan import (
     step_sizes,
     strides,
     sum_over_states,
+    when,
     zero_steps,
 )
 from ._tiles import cast, first_of, segment_of_slot
@@ -154,7 +155,7 @@ def forward_kernel(
                 gate = zs[i].to(dtype)
                 out *= gate / (1 + tl.exp(-gate))
             place = y + tl.cast(t + i, tl.int64) * Di
-            tl.store(place, cast(out, y.dtype.element_ty), mask=live & (t + i < last))
+            tl.store(place, cast(out, y.dtype.element_ty), mask=when(t + i < last, live))
         us = next_us
         deltas = next_deltas
     if last == length:

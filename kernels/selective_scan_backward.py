@@ -44,6 +44,7 @@ from ._scan import (
     step_sizes,
     strides,
     sum_over_states,
+    when,
     zero_steps,
 )
 from ._tiles import cast, first_of, segment_of_slot
@@ -298,7 +299,7 @@ def gradients_kernel(
                     core = sum_over_states(h * c) + skip * x
                     slope = sigmoid * (1 + gate * (1 - sigmoid))
                     dgate = dys[i].to(dtype) * core * slope
-                    tl.store(dz + place * Di, cast(dgate, dz.dtype.element_ty), mask=live & inside)
+                    tl.store(dz + place * Di, cast(dgate, dz.dtype.element_ty), mask=when(inside, live))
                 else:
                     g, gate, sigmoid = _gated(dys[i], None, dtype)
                 sum_D, lost_D = _add(sum_D, lost_D, g * x)
@@ -306,22 +307,24 @@ def gradients_kernel(
                     sum_C += g[None, :] * h
                 elif dC is not None:
                     # Lanes beyond the last channel hold zeros: g is.
-                    tl.store(dC + place * N, tl.sum(g[None, :] * h, 1), mask=(n < N) & inside)
+                    tl.store(dC + place * N, tl.sum(g[None, :] * h, 1), mask=when(inside, n < N))
                 G += g[None, :] * c
                 if CONSTANT_B:
                     sum_B += written[None, :] * G
                 elif dB is not None:
-                    tl.store(dB + place * N, tl.sum(written[None, :] * G, 1), mask=(n < N) & inside)
+                    tl.store(dB + place * N, tl.sum(written[None, :] * G, 1), mask=when(inside, n < N))
                 along = sum_over_states(G * b)
                 E = G * decayed
                 sum_A += sizes[i][None, :] * E
-                tl.store(du + place * Di, cast(sizes[i] * along + skip * g, du.dtype.element_ty), mask=live & inside)
+                tl.store(
+                    du + place * Di, cast(sizes[i] * along + skip * g, du.dtype.element_ty), mask=when(inside, live)
+                )
                 dsize = x * along + sum_over_states(a * E) * LN_2
                 if SOFTPLUS:
                     dsize *= 1 / (1 + tl.exp(-(deltas[i].to(dtype) + bias)))
                 dsize = tl.where(inside, dsize, 0)
                 sum_bias, lost_bias = _add(sum_bias, lost_bias, dsize)
-                tl.store(ddelta + place * Di, cast(dsize, ddelta.dtype.element_ty), mask=live & inside)
+                tl.store(ddelta + place * Di, cast(dsize, ddelta.dtype.element_ty), mask=when(inside, live))
                 G *= kept[2 * i + 1]
         tl.debug_barrier()
 

@@ -4,12 +4,10 @@
 import contextlib
 from functools import partial
 
-import simt
 import torch
 from delta_rule_cases import SEED, leaves, on, one_thread, remembered
 
 import fla_ops
-from fla_ops import _backend
 from fla_ops.reference.selective_scan import selective_scan as reference
 from fla_ops.testing import assert_matches_reference
 
@@ -142,14 +140,3 @@ def check(backend, inputs, *, names=None, device="cpu", **options) -> None:
         if found.dtype == torch.float64 != inputs["u"].dtype:  # a float64 state's gradient, computed in float32
             found, low = found.float(), low.float()
         assert_matches_reference(found, ref64[name], low, name, gradient=name.startswith("d"), seed=SEED)
-
-
-def scan_missing(backend: str) -> str | None:
-    """Why there is no scan under this parameter of the fixture `backend`, or None. For tests of more than one op."""
-    if backend.startswith("simt"):
-        return None if (simt.CSRC / "selective_scan_cuda.cu").exists() else "there is no csrc/selective_scan_cuda.cu"
-    if backend == "native" and not torch._C._dispatch_has_kernel_for_dispatch_key(
-        "fla_ops::selective_scan_forward", "CPU"
-    ):
-        return "there is no csrc/selective_scan_cpu.cpp"
-    return _backend.why_not("selective_scan", backend, "cpu", torch.float32, ())

@@ -8,7 +8,6 @@ import pickle
 
 import pytest
 import torch
-from selective_scan_cases import scan_missing
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,17 +15,6 @@ import fla_ops
 from fla_ops.layers import DeltaNet, GatedDeltaNet, GatedDeltaProduct, LayerState, Mamba
 
 D = 24
-
-
-@pytest.fixture
-def backend(request, backend):
-    """Backends that have no kernel of the scan are none of Mamba's."""
-    parameters = request.node.callspec.params
-    if parameters.get("variant", "").startswith("mamba"):
-        missing = scan_missing(parameters["backend"])
-        if missing:
-            pytest.skip(missing)
-    return backend
 
 
 def delta_net(**options):

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.utils.prune
-from selective_scan_cases import scan_missing
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
@@ -24,7 +23,6 @@ from fla_ops.layers import selective_scan as module
 from fla_ops.layers._plain import is_plain
 from fla_ops.layers._positive_io import PositiveIOProjection
 from fla_ops.layers._token_reorder import TokenReorder, soft_sort
-from fla_ops.reference import selective_scan as reference
 
 D, N = 12, 5
 
@@ -192,43 +190,6 @@ def test_transformers_mixer_has_the_same_state_dict_and_output(bias):
 # The path that keeps x and z alone.
 
 
-def stand_in(monkeypatch):
-    """The reference in the place of the native scan, with a backward of its own."""
-
-    def run(tensors, cu_seqlens, delta_softplus):
-        u, delta, A, B, C, D, z, delta_bias, state = tensors
-        options = {"z": z, "delta_bias": delta_bias, "initial_state": state, "cu_seqlens": cu_seqlens}
-        options |= {"delta_softplus": delta_softplus, "output_final_state": True}
-        return reference.selective_scan(u, delta, A, B, C, D, **options)
-
-    def forward(*arguments, delta_softplus, save_states):
-        *tensors, cu_seqlens = arguments
-        y, final = run(tensors, cu_seqlens, delta_softplus)
-        return y, final, y.new_empty(0)
-
-    def backward(*arguments, delta_softplus, needs):
-        *tensors, cu_seqlens, _, dy, dfinal = arguments
-        leaves = [None if t is None else t.detach().requires_grad_(n) for t, n in zip(tensors, needs, strict=True)]
-        with torch.enable_grad():
-            ends = [(y, d) for y, d in zip(run(leaves, cu_seqlens, delta_softplus), (dy, dfinal), strict=True)]
-        wanted = [t for t, need in zip(leaves, needs, strict=True) if need]
-        ends = [(y, d) for y, d in ends if d is not None and y.requires_grad]
-        outputs, cotangents = zip(*ends, strict=True)
-        found = iter(torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True))
-        return [next(found) if need else None for need in needs]
-
-    for name, function in (("forward", forward), ("backward", backward), ("why_not", lambda *_: None)):
-        monkeypatch.setattr(native_scan, name, function)
-
-
-@pytest.fixture
-def compiled(native, monkeypatch):
-    """A backend whose scan has a backward of its own."""
-    if scan_missing(native):
-        stand_in(monkeypatch)
-    return native
-
-
 @pytest.fixture
 def fused(monkeypatch):
     """`fused(False)` turns the path off; `fused.calls` counts its calls."""
@@ -278,8 +239,8 @@ OPTIONS = [{}, {"d_conv": 1, "conv_bias": False}, {"bias": True, "d_state": 1, "
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_recomputing_gives_the_same_values_and_gradients(options, with_state, packed, compiled, fused):
-    layer, x = make(backend=compiled, **options), tokens(1 if packed else 2, 9)
+def test_recomputing_gives_the_same_values_and_gradients(options, with_state, packed, native, fused):
+    layer, x = make(backend=native, **options), tokens(1 if packed else 2, 9)
     call = {"cu_seqlens": torch.tensor([0, 4, 4, 9])} if packed else {}
     call["state"] = random_state(layer, 3 if packed else 2) if with_state else None
     actual = trained(layer, x, **call)
@@ -294,8 +255,8 @@ def test_recomputing_gives_the_same_values_and_gradients(options, with_state, pa
 
 
 @pytest.mark.parametrize("used", ["y", "conv", "recurrent"])
-def test_recomputing_when_one_result_is_used(used, compiled, fused):
-    layer, x = make(backend=compiled), tokens(2, 6)
+def test_recomputing_when_one_result_is_used(used, native, fused):
+    layer, x = make(backend=native), tokens(2, 6)
     call = {"state": random_state(layer, 2), "used": (used,)}
     actual = trained(layer, x, **call)
     fused(False)
@@ -310,8 +271,8 @@ def test_recomputing_when_one_result_is_used(used, compiled, fused):
     "trainable",
     [["A_log"], ["conv1d.bias"], ["x_proj.weight"], ["dt_proj.bias"], ["out_proj.weight"], ["in_proj.weight", "D"]],
 )
-def test_recomputing_with_frozen_parameters(trainable, compiled, fused):
-    layer, x = make(backend=compiled).requires_grad_(False), tokens(2, 6)
+def test_recomputing_with_frozen_parameters(trainable, native, fused):
+    layer, x = make(backend=native).requires_grad_(False), tokens(2, 6)
     for name in trainable:
         layer.get_parameter(name).requires_grad_()
 
@@ -330,9 +291,9 @@ def test_recomputing_with_frozen_parameters(trainable, compiled, fused):
 
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
-def test_recomputing_under_autocast(low, compiled, fused):
+def test_recomputing_under_autocast(low, native, fused):
     """The casts are autocast's: the same bits out, gradients in the parameters' dtype, close to the other path's."""
-    layer, x = make(torch.float32, compiled), tokens(2, 20, dtype=torch.float32)
+    layer, x = make(torch.float32, native), tokens(2, 20, dtype=torch.float32)
     with torch.autocast("cpu", dtype=low):
         actual = trained(layer, x)
     assert fused.calls == 1 and actual["y"].dtype == low
@@ -346,9 +307,9 @@ def test_recomputing_under_autocast(low, compiled, fused):
         assert error < 2 * torch.finfo(low).eps, name
 
 
-def test_a_backward_inside_of_autocast_recomputes_in_the_forwards_precision(compiled, fused):
+def test_a_backward_inside_of_autocast_recomputes_in_the_forwards_precision(native, fused):
     """torch runs out_proj's backward in low precision then; what is recomputed must still fit what was saved."""
-    layer, x = make(torch.float32, compiled), tokens(2, 20, dtype=torch.float32)
+    layer, x = make(torch.float32, native), tokens(2, 20, dtype=torch.float32)
 
     def gradient(context):
         layer.zero_grad()
@@ -378,8 +339,8 @@ def saved_bytes(layer, x):
     return sum(size for size, _ in kept.values())
 
 
-def test_recomputing_keeps_x_z_and_y_alone(compiled, fused):
-    layer, L = make(torch.float32, compiled, d_model=64, d_state=16, expand=2), 256
+def test_recomputing_keeps_x_z_and_y_alone(native, fused):
+    layer, L = make(torch.float32, native, d_model=64, d_state=16, expand=2), 256
     layer.float()
     x = torch.randn(2, L, 64)
     channel = 2 * L * layer.d_inner * 4  # bytes of one number a token and channel
@@ -395,9 +356,9 @@ def test_recomputing_keeps_x_z_and_y_alone(compiled, fused):
     assert theirs - ours >= 2 * channel
 
 
-def test_tensors_reach_the_scan_without_a_copy(compiled, fused, monkeypatch):
+def test_tensors_reach_the_scan_without_a_copy(native, fused, monkeypatch):
     """Channel-last views of what the products wrote."""
-    layer, x, seen = make(torch.float32, compiled), tokens(2, 6, dtype=torch.float32), []
+    layer, x, seen = make(torch.float32, native), tokens(2, 6, dtype=torch.float32), []
     forward = native_scan.forward
     monkeypatch.setattr(native_scan, "forward", lambda *t, **o: seen.append(t) or forward(*t, **o))
     for on in (True, False):
@@ -409,8 +370,8 @@ def test_tensors_reach_the_scan_without_a_copy(compiled, fused, monkeypatch):
     assert len(seen) == 2 and fused.calls == 1
 
 
-def test_recomputing_is_for_training_on_plain_submodules(compiled, fused):
-    layer, x = make(backend=compiled), tokens(1, 4)
+def test_recomputing_is_for_training_on_plain_submodules(native, fused):
+    layer, x = make(backend=native), tokens(1, 4)
 
     def calls(layer):
         before = fused.calls
@@ -421,7 +382,7 @@ def test_recomputing_is_for_training_on_plain_submodules(compiled, fused):
     with torch.no_grad():
         assert calls(layer) == 0
     assert calls(copy.deepcopy(layer).requires_grad_(False)) == 0
-    assert calls(make(backend=compiled, positive_io=True)) == calls(make(backend=compiled, token_reorder=True)) == 0
+    assert calls(make(backend=native, positive_io=True)) == calls(make(backend=native, token_reorder=True)) == 0
     assert calls(make(backend="reference")) == 0
     for name in ("conv1d", "x_proj", "dt_proj"):
         hooked = copy.deepcopy(layer)
@@ -433,8 +394,8 @@ def test_recomputing_is_for_training_on_plain_submodules(compiled, fused):
     assert calls(hooked) == 1
 
 
-def test_a_parameter_changed_before_the_backward_is_noticed(compiled):
-    layer = make(backend=compiled)
+def test_a_parameter_changed_before_the_backward_is_noticed(native):
+    layer = make(backend=native)
     y = layer(tokens(1, 4))
     with torch.no_grad():
         layer.x_proj.weight.mul_(2)
@@ -442,8 +403,8 @@ def test_a_parameter_changed_before_the_backward_is_noticed(compiled):
         y.sum().backward()
 
 
-def test_double_backward_names_its_cure(compiled, fused):
-    layer, x = make(backend=compiled), tokens(1, 4).requires_grad_()
+def test_double_backward_names_its_cure(native, fused):
+    layer, x = make(backend=native), tokens(1, 4).requires_grad_()
     (grad,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
     assert fused.calls == 1
     with pytest.raises(RuntimeError, match=r'^Mamba: .*no second derivative.*backend="reference"'):

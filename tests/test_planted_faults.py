@@ -111,7 +111,7 @@ FAULTS = [
     Fault(
         "dropped mask: the scan writes steps behind the last",
         "selective_scan.py",
-        "mask=live & (t + i < last)",
+        "mask=when(t + i < last, live)",
         "mask=live",
         "test_out_of_bounds.py::test_selective_scan[nothing fits-whole-batch]",
         MEMORY,
@@ -126,8 +126,8 @@ FAULTS = [
     Fault(
         "32-bit offset: of a step of the scan behind 2^31 elements",
         "_scan.py",
-        "at + tl.cast(first + i, tl.int64) * stride, mask=live",
-        "at + tl.cast((tl.cast(first + i, tl.int64) * stride).to(tl.int32), tl.int64), mask=live",
+        "at + tl.cast(first + i, tl.int64) * stride, mask=when",
+        "at + tl.cast((tl.cast(first + i, tl.int64) * stride).to(tl.int32), tl.int64), mask=when",
         "test_out_of_bounds.py::test_selective_scan_offsets_beyond_32_bits[step]",
         MEMORY,
     ),

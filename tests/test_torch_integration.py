@@ -13,7 +13,6 @@ import pytest
 import torch
 from ddp_worker import MODELS, Mixer, gradients
 from delta_rule_cases import TENSORS, bounds, call, leaves, random_cotangents, random_inputs, results
-from selective_scan_cases import scan_missing
 from torch.utils.checkpoint import checkpoint
 
 import fla_ops
@@ -364,11 +363,8 @@ def test_results_pickle(backend):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
-def test_two_processes_of_data_parallel_training(backend, model, tmp_path, request):
+def test_two_processes_of_data_parallel_training(backend, model, tmp_path):
     """Gradients of DDP over two gloo processes are those of the whole batch in one."""
-    missing = model == "mamba" and scan_missing(request.node.callspec.params["backend"])
-    if missing:
-        pytest.skip(missing)
     worker = Path(__file__).with_name("ddp_worker.py")
     arguments = ["2", str(tmp_path / "meeting"), backend, str(tmp_path / "gradients"), model]
     ranks = [
