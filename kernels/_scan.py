@@ -84,10 +84,13 @@ def sum_over_states(x):
 
 
 @triton.jit
-def own_states(at, slot, channel, Di, N: tl.constexpr, BN: tl.constexpr):
-    """Where the states [BN, BD] of a slot of our own arrays [slots, N, Di] are."""
+def own_states(at, slot, channel, one, Di, N: tl.constexpr, BN: tl.constexpr):
+    """Where the states [BN, BD] of a slot of our own arrays [slots, N, Di] are.
+
+    `one` is 1. Where Triton knows, it gives a thread four channels that lie side by side, and spreads n over lanes.
+    """
     n = tl.arange(0, BN)
-    return at + (tl.cast(slot, tl.int64) * N + n.to(tl.int64)[:, None]) * Di + channel[None, :]
+    return at + (tl.cast(slot, tl.int64) * N + n.to(tl.int64)[:, None]) * Di + channel[None, :] * one
 
 
 @triton.jit
@@ -147,9 +150,9 @@ def chain_kernel(
     mask = (tl.arange(0, BN) < N)[:, None] & live[None, :]
     for i in range(segments):
         here = slot + (segments - 1 - i if REVERSE else i)
-        tl.store(own_states(entry, here, channel, Di, N, BN), h, mask=mask)
+        tl.store(own_states(entry, here, channel, 1, Di, N, BN), h, mask=mask)
         total = tl.load(sums + here * Di + channel, mask=live, other=0)
-        h = tl.exp2(total[None, :] * a) * h + tl.load(own_states(made, here, channel, Di, N, BN), mask=mask, other=0)
+        h = tl.exp2(total[None, :] * a) * h + tl.load(own_states(made, here, channel, 1, Di, N, BN), mask=mask, other=0)
 
 
 # -------------------------------------------------------------------------------------------- launchers

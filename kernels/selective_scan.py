@@ -57,7 +57,7 @@ MAX_STATE = 256
 
 # Arguments that follow from lengths or decide nothing: no kernel is compiled for what divides them, or for a 1.
 _RUN_TIME = [
-    "L", "S", "SEGMENT", "u_b", "u_t", "delta_b", "delta_t", "z_b", "z_t", "B_b", "C_b", "A_d", "A_n", "entry_s",
+    "L", "S", "SEGMENT", "one", "u_b", "u_t", "delta_b", "delta_t", "z_b", "z_t", "B_b", "C_b", "A_d", "A_n", "entry_s",
     "entry_d", "entry_n", "final_d", "final_n",
 ]  # fmt: skip
 
@@ -79,6 +79,7 @@ def forward_kernel(
     cu_seqlens,  # [S + 1] or None
     L, S,
     SEGMENT,  # steps of a segment
+    one,  # 1, see own_states
     group_channels, groups,
     u_b, u_t, delta_b, delta_t, z_b, z_t,  # strides
     A_d, A_n, B_b, B_g, B_t, C_b, C_g, C_t, D_d, bias_d, entry_s, entry_d, entry_n, final_d, final_n,
@@ -140,7 +141,7 @@ def forward_kernel(
         next_deltas = load_run(delta, delta_t, t + RUN, last, live, RUN)
         if states is not None:
             if t % CHECKPOINT == 0:
-                tl.store(own_states(states, saved + t // CHECKPOINT, channel, Di, N, BN), h, mask=mask)
+                tl.store(own_states(states, saved + t // CHECKPOINT, channel, one, Di, N, BN), h, mask=mask)
         for i in tl.static_range(RUN):
             size = step_sizes(deltas[i].to(dtype) + bias, SOFTPLUS)
             size = tl.where(t + i < last, size, 0)  # steps behind the end change nothing
@@ -163,7 +164,7 @@ def forward_kernel(
         tl.store(final + s * Di * N + place, h, mask=mask)
 
 
-@triton.jit(do_not_specialize=_RUN_TIME)
+@triton.jit(do_not_specialize=[name for name in _RUN_TIME if name != "one"])
 def segment_kernel(
     u,  # [B, Di, L]
     delta,  # [B, Di, L]
@@ -214,7 +215,7 @@ def segment_kernel(
         us = next_us
         deltas = next_deltas
     mask = (tl.arange(0, BN) < N)[:, None] & live[None, :]
-    tl.store(own_states(made, slot, channel, Di, N, BN), h, mask=mask)
+    tl.store(own_states(made, slot, channel, 1, Di, N, BN), h, mask=mask)
     tl.store(sums + tl.cast(slot, tl.int64) * Di + channel, total, mask=live)
 
 
@@ -329,7 +330,7 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, *, d
             chain(made, sums, A, initial_state, entry, lengths, config, reverse=False)
             entry = entry.transpose(1, 2)
         args = (
-            u, delta, A, B, C, D, z, delta_bias, y, entry, final, states if save_states else None, *lengths,
+            u, delta, A, B, C, D, z, delta_bias, y, entry, final, states if save_states else None, *lengths, 1,
             Di // groups, groups, *strides(u, 0, 2), *strides(delta, 0, 2), *strides(z, 0, 2), *A.stride(),
             *projection_strides(B), *projection_strides(C), *strides(D, 0), *strides(delta_bias, 0),
             *strides(entry, 0, 1, 2), *final.stride()[1:],

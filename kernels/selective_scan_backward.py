@@ -12,6 +12,9 @@ at a time: from the state that the forward pass saved it finds the states before
 in its scratch memory; then, from the last run to the first, it computes the run's states again and keeps them, with
 their decays, in registers. Nothing is divided by a decay.
 
+Where a saved state is read, neighbouring channels lie side by side: Triton gives a thread four of them and spreads n over
+four lanes. Sums over n cost some shuffles that way, and sums over channels, two for each n, are far cheaper.
+
 Sums over channels are left as one part a program, which are added in a fixed order afterwards; so are the sums over
 sequences and segments for A, D and delta_bias. There are no atomics.
 """
@@ -136,7 +139,7 @@ def reverse_kernel(
             total += size
     mask = (tl.arange(0, BN) < N)[:, None] & live[None, :]
     Di = tl.cast(group_channels, tl.int64) * groups
-    tl.store(own_states(made, slot, channel, Di, N, BN), G, mask=mask)
+    tl.store(own_states(made, slot, channel, 1, Di, N, BN), G, mask=mask)
     tl.store(sums + tl.cast(slot, tl.int64) * Di + at, total, mask=live)
 
 
@@ -244,7 +247,7 @@ def gradients_kernel(
     for j in range(0, checkpoints):
         begin = first + (checkpoints - 1 - j) * CHECKPOINT
         runs = tl.cdiv(tl.minimum(CHECKPOINT, last - begin), RUN)
-        h = tl.load(own_states(states, saved + begin // CHECKPOINT, channel, Di, N, BN), mask=mask, other=0)
+        h = tl.load(own_states(states, saved + begin // CHECKPOINT, channel, 1, Di, N, BN), mask=mask, other=0)
         # The states before each run.
         tl.store(scratch, h)
         for r in range(0, runs - 1):
