@@ -12,8 +12,8 @@ at a time: from the state that the forward pass saved it finds the states before
 in its scratch memory; then, from the last run to the first, it computes the run's states again and keeps them, with
 their decays, in registers. Nothing is divided by a decay.
 
-Where a saved state is read, neighbouring channels lie side by side: Triton gives a thread four of them and spreads n over
-four lanes. Sums over n cost some shuffles that way, and sums over channels, two for each n, are far cheaper.
+Where a saved state is read, neighbouring channels lie side by side: Triton gives a thread four of them and spreads
+n over four lanes. Sums over n cost some shuffles that way, and sums over channels, two for each n, are far cheaper.
 
 Sums over channels are left as one part a program, which are added in a fixed order afterwards; so are the sums over
 sequences and segments for A, D and delta_bias. There are no atomics.
