@@ -192,7 +192,8 @@ template <class A> __global__ void __launch_bounds__(kWindowThreads<A>) window_k
         }
       }
 
-      A da = 0, db = 0, dc = 0, dskip = 0, dbias = 0;
+      A da = 0, db = 0, dc = 0, dbias = 0;
+      double dskip = 0;  // one number a channel: exact for little
       for (int i = window.count - 1; i >= 0; i--) {
         const int64_t at = (first_step + i) * in.Di + d;
         A u = 0, g = 0, b_term = 0, c_term = 0;
@@ -226,7 +227,7 @@ template <class A> __global__ void __launch_bounds__(kWindowThreads<A>) window_k
         }
         if (final_slice) {
           dbias += sums.finish(x, window, d, window.start + i, at, u);
-          dskip += g * u;
+          dskip += double(g) * u;
         } else {
           unfinished[at] = sums.b;
           unfinished[plane + at] = sums.step;
