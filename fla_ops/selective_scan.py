@@ -78,7 +78,8 @@ def selective_scan(
     Memory is one state a chunk of steps beside the inputs and y: the states of all steps are never written.
 
     Args:
-        u: input, `[B, Di, L]`. Channel-first and channel-last memory are both read as they are.
+        u: input, `[B, Di, L]`. The Triton kernels read channels innermost, copy
+            other layouts first, and return y so; the native ones read any layout, and y has u's.
         delta: step sizes before bias and softplus, `[B, Di, L]`.
         A: `[Di, N]`, N from 1 to 256 (larger runs on the reference), u's dtype or float32; real, usually negative.
         B, C: `[B, N, L]`, one for all channels; `[B, G, N, L]`, one for each of G groups of Di / G consecutive

@@ -18,6 +18,12 @@ def cdiv(n: int, d: int) -> int:
     return -(-n // d)
 
 
+def chunk_slots(B: int, T: int, cu_seqlens: torch.Tensor | None, rows: int) -> int:
+    """The number of chunk slots: known without reading a length of a packed sequence."""
+    per_row = cdiv(T, rows)
+    return B * per_row if cu_seqlens is None else per_row + cu_seqlens.shape[0] - 1
+
+
 @dataclass(frozen=True)
 class LaunchConfig:
     """How one kernel is launched for some op, sizes, dtype and architecture. Rows of the tables in `_config.py`."""

@@ -6,9 +6,8 @@ import triton
 import triton.language as tl
 
 from ._config import SCAN_CHECKPOINT
-from ._launch import cdiv, constexprs, launch, multiprocessors
+from ._launch import cdiv, chunk_slots, constexprs, launch, multiprocessors
 from ._tiles import INTERPRET, first_of, segment_of_slot
-from .delta_rule_prepare import chunk_slots
 
 FILL = 8  # warps a multiprocessor that a launch should have
 LOG2_E = tl.constexpr(1.4426950408889634)

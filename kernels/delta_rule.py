@@ -30,7 +30,17 @@ import triton.language as tl
 
 from . import _launch
 from ._config import CHECKPOINT, delta_rule_forward_config, delta_rule_step_config
-from ._launch import allow_descriptors, arch, cdiv, constexprs, launch, multiprocessors, on_device, precision
+from ._launch import (
+    allow_descriptors,
+    arch,
+    cdiv,
+    chunk_slots,
+    constexprs,
+    launch,
+    multiprocessors,
+    on_device,
+    precision,
+)
 from ._operators import operator
 from ._tiles import (
     cast,
@@ -51,7 +61,7 @@ from ._tiles import (
     zero_rows,
 )
 from .delta_rule_backward import backward  # noqa: F401 - this module offers it
-from .delta_rule_prepare import alignment, chunk_slots, in_rows, padded, padded_sizes, power_of_two, prepare, wider
+from .delta_rule_prepare import alignment, in_rows, padded, padded_sizes, power_of_two, prepare, wider
 
 MAX_HEAD_DIM = 256
 

@@ -33,7 +33,17 @@ import triton
 import triton.language as tl
 
 from ._config import CHECKPOINT, delta_rule_backward_config, delta_rule_gradients_config
-from ._launch import allow_descriptors, arch, cdiv, constexprs, launch, multiprocessors, on_device, precision
+from ._launch import (
+    allow_descriptors,
+    arch,
+    cdiv,
+    chunk_slots,
+    constexprs,
+    launch,
+    multiprocessors,
+    on_device,
+    precision,
+)
 from ._operators import operator
 from ._tiles import (
     cast,
@@ -53,7 +63,7 @@ from ._tiles import (
     zero_rows,
 )
 from .delta_rule_gradients import row_gradients_kernel, score_gradients_kernel
-from .delta_rule_prepare import alignment, chunk_slots, in_rows, padded, padded_sizes, power_of_two, prepare, wider
+from .delta_rule_prepare import alignment, in_rows, padded, padded_sizes, power_of_two, prepare, wider
 
 
 @triton.jit

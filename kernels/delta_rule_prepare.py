@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from ._config import delta_rule_prepare_config
-from ._launch import arch, cdiv, constexprs, launch, on_device, precision
+from ._launch import arch, chunk_slots, constexprs, launch, on_device, precision
 from ._tiles import cast, dot, fine_dot, first_slot, not_finite, sequence_bounds, sequence_of_slot
 
 
@@ -255,12 +255,6 @@ class Chunks(NamedTuple):
     decay: torch.Tensor  # [slots, HV]
     gamma: torch.Tensor | None  # [slots, HV, BT, BT]: e^{G_i - G_j} at [j, i], i >= j
     norms: torch.Tensor | None  # [slots, HV, 2, BT]: r_k, r_q
-
-
-def chunk_slots(B: int, T: int, cu_seqlens: torch.Tensor | None, rows: int) -> int:
-    """The number of chunk slots: known without reading a length of a packed sequence."""
-    per_row = cdiv(T, rows)
-    return B * per_row if cu_seqlens is None else per_row + cu_seqlens.shape[0] - 1
 
 
 def in_rows(cu_seqlens: torch.Tensor | None, steps: int) -> torch.Tensor | None:

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from ._config import SCAN_CHECKPOINT, selective_scan_config, selective_scan_step_config
-from ._launch import arch, cdiv, constexprs, launch, on_device
+from ._launch import arch, cdiv, chunk_slots, constexprs, launch, on_device
 from ._launch import why_not as _why_not_here
 from ._operators import operator
 from ._scan import (
@@ -48,7 +48,6 @@ from ._scan import (
     zero_steps,
 )
 from ._tiles import cast, first_of, segment_of_slot
-from .delta_rule_prepare import chunk_slots
 from .selective_scan_backward import backward  # noqa: F401 - this module offers it
 
 MAX_STATE = 256
@@ -98,9 +97,8 @@ def forward_kernel(
     if (segment < 0) | ((first >= length) & (segment > 0)):
         return
 
-    at = channel
-    u += batch * u_b + start * u_t + at
-    delta += batch * delta_b + start * delta_t + at
+    u += batch * u_b + start * u_t + channel
+    delta += batch * delta_b + start * delta_t + channel
     a = load_states(A, A_d, A_n, channel, live, N, BN, dtype) * LOG2_E
     skip = load_channels(D, D_d, channel, live, dtype)
     bias = load_channels(delta_bias, bias_d, channel, live, dtype)
@@ -110,12 +108,12 @@ def forward_kernel(
         h += load_states(entry, entry_d, entry_n, channel, live, N, BN, dtype)
     if cu_seqlens is not None:
         if (s == 0) & (segment == 0):
-            zero_steps(y + at, Di, 0, start, live)
+            zero_steps(y + channel, Di, 0, start, live)
         if (s == S - 1) & (last == length):
-            zero_steps(y + at, Di, start + length, L, live)
-    y += (batch * L + start) * Di + at
+            zero_steps(y + channel, Di, start + length, L, live)
+    y += (batch * L + start) * Di + channel
     if z is not None:
-        z += batch * z_b + start * z_t + at
+        z += batch * z_b + start * z_t + channel
     if CONSTANT_B:
         b = load_states(B, B_g, B_t, channel, live, N, BN, dtype)
     else:
@@ -160,7 +158,7 @@ def forward_kernel(
         us = next_us
         deltas = next_deltas
     if last == length:
-        place = at[None, :] * final_d + tl.arange(0, BN).to(tl.int64)[:, None] * final_n
+        place = channel[None, :] * final_d + tl.arange(0, BN).to(tl.int64)[:, None] * final_n
         tl.store(final + s * Di * N + place, h, mask=mask)
 
 
@@ -243,28 +241,27 @@ def step_kernel(
     dtype: tl.constexpr = tl.float64 if u.dtype.element_ty == tl.float64 else tl.float32
     row, group, channel, live = place_of(tl.program_id(0), group_channels, groups, BD)
     row = row.to(tl.int64)
-    at = channel
     n = tl.arange(0, BN).to(tl.int64)
     slot = row
     if state_indices is not None:
         slot = tl.load(state_indices + row * indices_b).to(tl.int64)
-    y += row * (tl.cast(group_channels, tl.int64) * groups) + at
+    y += row * (tl.cast(group_channels, tl.int64) * groups) + channel
     if (slot < 0) | (slot >= slots):
         tl.store(y, tl.zeros([BD], y.dtype.element_ty), mask=live)
         return
-    x = tl.load(u + row * u_b + at * u_d, mask=live, other=0).to(dtype)
+    x = tl.load(u + row * u_b + channel * u_d, mask=live, other=0).to(dtype)
     bias = load_channels(delta_bias, bias_d, channel, live, dtype)
-    size = step_sizes(tl.load(delta + row * delta_b + at * delta_d, mask=live, other=0).to(dtype) + bias, SOFTPLUS)
+    size = step_sizes(tl.load(delta + row * delta_b + channel * delta_d, mask=live, other=0).to(dtype) + bias, SOFTPLUS)
     mask = live[:, None] & (n < N)[None, :]
-    a = tl.load(A + at[:, None] * A_d + n[None, :] * A_n, mask=mask, other=0).to(dtype) * LOG2_E
+    a = tl.load(A + channel[:, None] * A_d + n[None, :] * A_n, mask=mask, other=0).to(dtype) * LOG2_E
     b = tl.load(B + row * B_b + group * B_g + n * B_n, mask=n < N, other=0).to(dtype)
     c = tl.load(C + row * C_b + group * C_g + n * C_n, mask=n < N, other=0).to(dtype)
-    state += slot * state_s + at[:, None] * state_d + n[None, :] * state_n
+    state += slot * state_s + channel[:, None] * state_d + n[None, :] * state_n
     h = tl.load(state, mask=mask, other=0).to(dtype)
     h = tl.exp2(size[:, None] * a) * h + (size * x)[:, None] * b[None, :]
     out = tl.sum(h * c[None, :], 1) + load_channels(D, D_d, channel, live, dtype) * x
     if z is not None:
-        gate = tl.load(z + row * z_b + at * z_d, mask=live, other=0).to(dtype)
+        gate = tl.load(z + row * z_b + channel * z_d, mask=live, other=0).to(dtype)
         out *= gate / (1 + tl.exp(-gate))
     tl.store(state, cast(h, state.dtype.element_ty), mask=mask)
     tl.store(y, cast(out, y.dtype.element_ty), mask=live)
@@ -348,12 +345,11 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, *, d
 def step(u, delta, A, B, C, D, *, state, z, delta_bias, delta_softplus, state_indices):
     """y; `state` is written in place."""
     batch, Di = u.shape
-    N, groups = A.shape[1], max(B.shape[1], C.shape[1])
+    N, groups = A.shape[1], B.shape[1]
     y = u.new_empty(batch, Di)
     if y.numel() == 0:
         return y
     config = selective_scan_step_config(N, Di // groups, arch())
-    B, C = (w.expand(-1, groups, -1) for w in (B, C))
     with on_device(u):
         args = (
             u, delta, A, B, C, D, z, delta_bias, y, state, state_indices, state.shape[0], Di // groups, groups,

@@ -104,11 +104,10 @@ def reverse_kernel(
     last = tl.minimum(first + SEGMENT, length)
     if (segment < 0) | ((first >= length) & (segment > 0)):
         return
-    at = channel
-    delta += batch * delta_b + start * delta_t + at
-    dy += batch * dy_b + start * dy_t + at
+    delta += batch * delta_b + start * delta_t + channel
+    dy += batch * dy_b + start * dy_t + channel
     if z is not None:
-        z += batch * z_b + start * z_t + at
+        z += batch * z_b + start * z_t + channel
     a = load_states(A, A_d, A_n, channel, live, N, BN, dtype) * LOG2_E
     bias = load_channels(delta_bias, bias_d, channel, live, dtype)
     if CONSTANT_C:
@@ -140,7 +139,7 @@ def reverse_kernel(
     mask = (tl.arange(0, BN) < N)[:, None] & live[None, :]
     Di = tl.cast(group_channels, tl.int64) * groups
     tl.store(own_states(made, slot, channel, 1, Di, N, BN), G, mask=mask)
-    tl.store(sums + tl.cast(slot, tl.int64) * Di + at, total, mask=live)
+    tl.store(sums + tl.cast(slot, tl.int64) * Di + channel, total, mask=live)
 
 
 @triton.jit(do_not_specialize=_RUN_TIME)
@@ -186,7 +185,6 @@ def gradients_kernel(
     if (segment < 0) | ((first >= length) & (segment > 0)):
         return
 
-    at = channel
     n = tl.arange(0, BN)
     mask = (n < N)[:, None] & live[None, :]
     blocks = tl.cdiv(group_channels, BD)
@@ -199,11 +197,11 @@ def gradients_kernel(
         C += tl.multiple_of(batch * C_b, ALIGN) + group * C_g + start * C_t + n
         if dC is not None:
             dC += part * N + n
-    du += batch * L * Di + at
-    ddelta += batch * L * Di + at
+    du += batch * L * Di + channel
+    ddelta += batch * L * Di + channel
     if z is not None:
-        z += batch * z_b + start * z_t + at
-        dz += batch * L * Di + at
+        z += batch * z_b + start * z_t + channel
+        dz += batch * L * Di + channel
     if cu_seqlens is not None:
         for side in tl.static_range(2):  # before the first sequence, behind the last
             low = start * 0 if side == 0 else start + length
@@ -220,9 +218,9 @@ def gradients_kernel(
                 if not CONSTANT_C:
                     if dC is not None:
                         zero_steps(dC, N, low, high, n < N)
-    u += batch * u_b + start * u_t + at
-    delta += batch * delta_b + start * delta_t + at
-    dy += batch * dy_b + start * dy_t + at
+    u += batch * u_b + start * u_t + channel
+    delta += batch * delta_b + start * delta_t + channel
+    dy += batch * dy_b + start * dy_t + channel
     a = load_states(A, A_d, A_n, channel, live, N, BN, dtype) * LOG2_E
     skip = load_channels(D, D_d, channel, live, dtype)
     bias = load_channels(delta_bias, bias_d, channel, live, dtype)
@@ -332,7 +330,7 @@ def gradients_kernel(
         tl.debug_barrier()
 
     row = tl.cast(slot, tl.int64) * sums_s
-    own = n.to(tl.int64)[:, None] * Di + at[None, :]
+    own = n.to(tl.int64)[:, None] * Di + channel[None, :]
     if dA is not None:
         tl.store(dA + row + own, sum_A, mask=mask)
     if CONSTANT_B:
@@ -342,12 +340,12 @@ def gradients_kernel(
         if dC is not None:
             tl.store(dC + row + own, sum_C, mask=mask)
     if dD is not None:
-        tl.store(dD + row + at, sum_D, mask=live)
+        tl.store(dD + row + channel, sum_D, mask=live)
     if ddelta_bias is not None:
-        tl.store(ddelta_bias + row + at, sum_bias, mask=live)
+        tl.store(ddelta_bias + row + channel, sum_bias, mask=live)
     if dinitial is not None:
         if segment == 0:
-            where = at[None, :] * dinitial_d + n.to(tl.int64)[:, None] * dinitial_n
+            where = channel[None, :] * dinitial_d + n.to(tl.int64)[:, None] * dinitial_n
             tl.store(dinitial + s * Di * N + where, G, mask=mask)
 
 
@@ -355,9 +353,20 @@ def gradients_kernel(
 
 
 def _gradients(u, delta, A, B, C, D, z, delta_bias, initial_state, *_, needs, **__):
-    """What `backward` returns, not written."""
-    like = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    return [None if x is None or not need else torch.empty_like(x) for x, need in zip(like, needs, strict=True)]
+    """What `backward` returns, not written: the strides too, which torch.compile relies on."""
+
+    def like(x):
+        if x.dim() == 2:  # A, and constants: sums [N, Di]
+            return x.new_empty(x.shape[1], x.shape[0]).t()
+        if x.dim() == 4:
+            return x.new_empty(*x.shape[:2], x.shape[3], x.shape[2]).transpose(2, 3)
+        return x.new_empty(x.shape)
+
+    rows, sums = (u, delta, z), (A, B, C, D, delta_bias, initial_state)
+    du, ddelta, dz = (None if x is None else empty_channels_last(x) for x in rows)
+    dA, dB, dC, dD, dbias, dinitial = (None if x is None else like(x) for x in sums)
+    grads = (du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial)
+    return [g if need else None for g, need in zip(grads, needs, strict=True)]
 
 
 @operator(
@@ -370,13 +379,13 @@ def backward(
     u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, states, dy, dfinal_state, *, delta_softplus, needs
 ):  # fmt: skip
     """Gradients of the nine tensors before `cu_seqlens`, None where `needs` is False."""
-    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    dtypes = [None if x is None else x.dtype for x in (u, delta, A, B, C, D, z, delta_bias, initial_state)]
     batch, Di, L = u.shape
     N = A.shape[1]
     S = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if S == 0 or Di == 0:
-        return [None if x is None or not need else torch.zeros_like(x) for x, need in zip(inputs, needs, strict=True)]
-    shapes = [None if x is None else (x.shape, x.dtype) for x in inputs]
+        grads = _gradients(u, delta, A, B, C, D, z, delta_bias, initial_state, needs=needs)
+        return [g if g is None else g.zero_() for g in grads]
     u, delta, z, dy = channels_last(u), channels_last(delta), channels_last(z), channels_last(dy)
     B, C = projection(B), projection(C)
     groups = next((w.shape[1] for w in (B, C) if w.dim() == 4), 1)
@@ -441,6 +450,4 @@ def backward(
         if part is not None:
             grads[3 + i] = part.sum(2).transpose(2, 3)
     grads += [found["D"][0] if "D" in found else None, dz, found["bias"][0] if "bias" in found else None, dinitial]
-    return [
-        None if g is None or not need else g.to(kind[1]) for g, kind, need in zip(grads, shapes, needs, strict=True)
-    ]
+    return [None if g is None or not need else g.to(dtype) for g, dtype, need in zip(grads, dtypes, needs, strict=True)]

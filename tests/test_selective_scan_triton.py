@@ -8,7 +8,7 @@ the interpreter's own.
 import pytest
 import torch
 from delta_rule_cases import bounds
-from selective_scan_cases import check, random_inputs
+from selective_scan_cases import TENSORS, check, random_inputs
 
 import fla_ops
 from fla_ops import _backend
@@ -44,6 +44,21 @@ def test_every_architecture(arch, monkeypatch):
 @pytest.mark.parametrize("length", [31, 32, 33, 63, 65, 96])
 def test_edges_of_checkpoints(length):
     check("triton", random_inputs(Di=40, L=length, state=torch.float32), device=DEVICE, delta_softplus=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"constant": "BC", "G": 2}], ids=["", "constants"])
+def test_results_have_the_strides_that_are_promised_to_torch_compile(options):
+    from fla_ops.kernels import selective_scan, selective_scan_backward
+
+    x = random_inputs(2, 6, 5, 3, state=torch.float32, **options)
+    given = [x[name].to(DEVICE) for name in TENSORS] + [None]
+    y, final, states = selective_scan.forward(*given, delta_softplus=True, save_states=True)
+    found = [y, final, states]
+    promised = selective_scan._results(*given, delta_softplus=True, save_states=True)
+    found += selective_scan.backward(*given, states, y, final, delta_softplus=True, needs=(True,) * 9)
+    promised = [*promised, *selective_scan_backward._gradients(*given, needs=(True,) * 9)]
+    for a, b in zip(found, promised, strict=True):
+        assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
 
 
 # Long sequences, cut into segments.
