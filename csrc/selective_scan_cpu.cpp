@@ -29,7 +29,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
-constexpr int64_t kSerialWork = 1 << 15;  // states updated; below this a second thread costs more than it does
+// States updated; below this a second thread costs more than it does. A step has nothing else to set up.
+constexpr int64_t kSerialWork = 1 << 15, kSerialStep = 1 << 13;
 
 const SelectiveScanKernels& kernels() {
 #if FLA_OPS_X86
@@ -335,7 +336,7 @@ Tensor step(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor&
       run.step(c, b, slot >= 0 && slot < slots ? slot : -1, first, std::min(Di, first + kChannels));
     }
   };
-  const int64_t grain = std::max<int64_t>(1, kSerialWork / (N * kChannels));
+  const int64_t grain = std::max<int64_t>(1, kSerialStep / (N * kChannels));
   if (B * pieces <= grain) range(0, B * pieces);
   else torch::stable::parallel_for(0, B * pieces, grain, range);
   return y;

@@ -117,11 +117,8 @@ template <class T> FLA_INLINE vec<T> load(const T* p) {
 template <class T> FLA_INLINE void store(T* p, vec<T> x) {
   *reinterpret_cast<typename VectorOf<T>::memory*>(p) = x;
 }
-template <class T> FLA_INLINE vec<T> broadcast(T x) {
-  vec<T> v;
-  FLA_UNROLL for (int i = 0; i < kWidth<T>; i++) v[i] = x;
-  return v;
-}
+// A scalar operand is repeated in one instruction; lane by lane, GCC goes through memory.
+template <class T> FLA_INLINE vec<T> broadcast(T x) { return x - vec<T>{}; }
 
 typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint16_t HalfBitsMemory __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
@@ -247,14 +244,14 @@ template <int Step, class T> FLA_INLINE void transpose_steps(vec<T> (&x)[kWidth<
   }
 }
 
-// dst[c][r] = src[r][c] for one square block of kWidth<T> rows.
-template <class T>
-FLA_INLINE void transpose_block(T* dst, ptrdiff_t dst_stride, const T* src, ptrdiff_t src_stride) {
+// dst[c][r] = src[r][c] for one square block of kWidth<T> rows, converted on the way where the types differ.
+template <class T, class From, class To>
+FLA_INLINE void transpose_block(To* dst, ptrdiff_t dst_stride, const From* src, ptrdiff_t src_stride) {
   constexpr int W = kWidth<T>;
   vec<T> x[W];
-  FLA_UNROLL for (int i = 0; i < W; i++) x[i] = load(src + i * src_stride);
+  FLA_UNROLL for (int i = 0; i < W; i++) x[i] = load_any<T>(src + i * src_stride);
   transpose_steps<1, T>(x);
-  FLA_UNROLL for (int i = 0; i < W; i++) store(dst + i * dst_stride, x[i]);
+  FLA_UNROLL for (int i = 0; i < W; i++) store_any<T>(dst + i * dst_stride, x[i]);
 }
 
 // rows and columns are rounded up to whole blocks: both buffers have to be padded.
@@ -264,7 +261,7 @@ FLA_INLINE void transpose(T* dst, ptrdiff_t dst_stride, const T* src, ptrdiff_t 
   constexpr int W = kWidth<T>;
   for (int r = 0; r < rows; r += W)
     for (int c = 0; c < columns; c += W)
-      transpose_block(dst + c * dst_stride + r, dst_stride, src + r * src_stride + c, src_stride);
+      transpose_block<T>(dst + c * dst_stride + r, dst_stride, src + r * src_stride + c, src_stride);
 }
 
 // ---------------------------------------------------------------------------------------------- exp

@@ -5,6 +5,7 @@
 """
 
 import math
+import operator
 from collections.abc import Callable
 
 import torch
@@ -217,22 +218,27 @@ def no_grad_needed(op: str, *tensors: torch.Tensor | None, time: str = "T") -> N
         )
 
 
-def signature(*tensors: torch.Tensor | None) -> tuple | None:
-    """Shapes, strides, dtypes and devices: what checks that look at no value depend on, as a key to skip them by.
+_described = operator.attrgetter("shape", "dtype", "device", "layout")
+
+
+def signature(*tensors: torch.Tensor | None, written: torch.Tensor) -> tuple | None:
+    """What checks that look at no value depend on, as a key to skip them by; the strides only of what is `written`.
 
     None where there is no such key: for what is no tensor, and while tracing, where sizes are symbols.
     """
     if torch.compiler.is_compiling():
         return None
     try:
-        return tuple(x if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors)
+        key = [None if x is None else _described(x) for x in tensors]
+        return (*key, _described(written), written.stride())
     except (AttributeError, RuntimeError):  # not a tensor; a sparse one, which has no strides
         return None
 
 
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The main tensors, cast if autocast is on. Like torch's own rule, float64 is left alone."""
-    device = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else "cpu"
+    first = tensors[0]
+    device = first.device.type if isinstance(first, torch.Tensor) else "cpu"
     if not has_autocast(device) or not torch.is_autocast_enabled(device):
         return tensors
     low = torch.get_autocast_dtype(device)

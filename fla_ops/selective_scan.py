@@ -163,7 +163,7 @@ def selective_scan_step(
     op = "selective_scan_step"
     _checks.no_grad_needed(op, u, delta, A, B, C, D, z, delta_bias, state, time="L")
     u, delta, z, B, C = _checks.autocast(u, delta, z, B, C)
-    known = _checks.signature(u, delta, A, B, C, D, z, delta_bias, state)
+    known = _checks.signature(u, delta, A, B, C, D, z, delta_bias, written=state)
     if known is None or known not in _checked_steps:
         _check_step(op, u, delta, A, B, C, D, z, delta_bias, state)
         if known is not None and len(_checked_steps) < MAX_CHECKED_STEPS:
@@ -282,7 +282,7 @@ def _in_groups(w, batch, Di, N):
     """B or C of one step, as `[B, G, N]`."""
     if _is_constant(w, batch, Di, N):
         return w.expand(batch, Di, N)
-    return w[:, None] if w.dim() == 2 else w
+    return w.unsqueeze(1) if w.dim() == 2 else w
 
 
 def _check_step_projection(op, name, w, u, N) -> None:
