@@ -119,13 +119,14 @@ def build_native(csrc: Path, target: Path) -> None:
     _build(cpu_sources(csrc), target, command, [compiler(), "-shared"])
 
 
-def build_cuda(csrc: Path, target: Path, archs: Iterable[int] = CUDA_ARCHS) -> None:
-    """Compile the CUDA kernels of `csrc` with nvcc and link the shared library `target`. Raises BuildError.
+def build_cuda(csrc: Path, target: Path, archs: Iterable[int] = CUDA_ARCHS, options: Iterable[str] = ()) -> None:
+    """Compile the CUDA kernels of `csrc` with nvcc, given `options` as well, and link the shared library `target`.
+    Raises BuildError.
 
     Needs neither a GPU nor a CUDA build of torch: what libtorch_cuda provides is resolved when the library is loaded.
     """
     _require(why_not() or (None if nvcc() else why_not_cuda()))
-    flags = CUDA_FLAGS + cuda_archs(archs) + _includes(csrc)
+    flags = CUDA_FLAGS + cuda_archs(archs) + _includes(csrc) + list(options)
 
     def command(source: Path, obj: Path) -> list[str]:
         return [nvcc(), *flags, "-c", "-o", str(obj), str(source)]

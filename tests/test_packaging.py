@@ -76,9 +76,14 @@ def sdist(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wheel(sdist, tmp_path_factory):
-    """The wheel, built from the source distribution alone."""
+    """The wheel, built from the source distribution alone, by a compiler in a hurry."""
     out = tmp_path_factory.mktemp("wheel")
-    pip("wheel", "--no-build-isolation", "--no-deps", "--no-index", "-w", out, sdist, cwd=out)
+    hurry = {}
+    if has_compiler():
+        hurry["CXX"] = out / "hurried"
+        hurry["CXX"].write_text(f'#!/bin/sh\nexec {_build.compiler()} "$@" -O0\n')
+        hurry["CXX"].chmod(0o755)
+    pip("wheel", "--no-build-isolation", "--no-deps", "--no-index", "-w", out, sdist, cwd=out, **hurry)
     return next(out.glob("*.whl"))
 
 
