@@ -20,6 +20,7 @@
 
 #include "cpu_level.h"
 #include "cpu_tasks.h"
+#include "huge_pages.h"
 #include "torch_view.h"
 
 namespace fla_ops {
@@ -156,11 +157,11 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& u, const Tensor& delta,
                                            const Optional& delta_bias, const Optional& initial_state,
                                            const Optional& cu_seqlens, bool softplus, bool save_states) {
   Problem p(u, delta, A, wB, wC, D, z, delta_bias, initial_state, cu_seqlens, softplus);
-  Tensor y = torch::stable::empty_like(u);
+  Tensor y = in_huge_pages(torch::stable::empty_like(u));
   Tensor final_state = torch::stable::new_empty(u, {p.S, p.Di, p.N}, accumulator(u));
   std::vector<int64_t> saved{0};
   if (save_states) saved = {p.checkpoints, p.Di, p.N};
-  Tensor states = torch::stable::new_empty(u, saved, accumulator(u));
+  Tensor states = in_huge_pages(torch::stable::new_empty(u, saved, accumulator(u)));
   if (!p.covered()) torch::stable::zero_(y);
   p.c.y = view(y);
   p.c.final_state = static_cast<char*>(final_state.data_ptr());
@@ -220,7 +221,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const auto needed = [&](int i) { return (needs >> i & 1) != 0; };
   const auto like = [&](int i, const Tensor* x) {
     if (!x || !needed(i)) return torch::stable::new_empty(u, {0});
-    Tensor grad = torch::stable::empty_like(*x);
+    Tensor grad = in_huge_pages(torch::stable::empty_like(*x));
     const bool along_time = i == kU || i == kDelta || i == kZ;
     if (along_time ? !p.covered() : p.B == 0) torch::stable::zero_(grad);  // nobody else writes it then
     return grad;
