@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What the torch side of temporal-sparse attention (temporal_sparse_attention_cpu.cpp) hands to its kernels
+// (temporal_sparse_attention_{base,avx2,avx512}.cpp): plain structs and a table of functions a level.
+#pragma once
+
+#include <stdint.h>
+
+#include "view.h"
+
+namespace fla_ops {
+
+constexpr int kQueryBlock = 96;  // queries that share the walk over the keys
+constexpr int kSegment = 64;     // keys of a tile, and from one full held key to the next
+constexpr int kSparseMaxHeadDim = 256;
+
+// The held keys of a segment, from byte `start` of the packed keys on: the held row of its first key, then what fired
+// at each later key; or, if `dense`, the held rows of all its keys.
+struct Segment {
+  int64_t start;
+  bool dense;
+};
+
+// A sequence and the index of its first segment.
+struct SegmentedSequence : Sequence {
+  int64_t first_segment;
+};
+
+// "The arithmetic type" is double if q is, else float.
+struct TemporalSparseAttention {
+  View q, k, v, o;            // [B, Tq, HQ, D], [B, T, HK, D], [B, T, HK, DV], [B, Tq, HQ, DV]
+  const char* threshold;      // [HK, D] of the arithmetic type
+  int64_t T, Tq;
+  int HQ, HK, D, DV;
+  double scale;
+  int64_t window, sink;
+  bool blocks;                // the window is the query's block of `window` tokens, not a band
+  bool holds;                 // whether any score takes a held key; if not, nothing is packed
+  int64_t segments_total;
+  Segment* segments;          // [HK, segments_total]
+  char* packed;               // [B, HK, T] rows of the most that a key can take
+  int32_t* fired;             // [B, HK, T]: channels that fired; null if neither packed nor asked for
+  char* lse;                  // [B, HQ, Tq] of the arithmetic type: log2 of the sum of 2^score
+
+  // Position i of a sequence is row s.start + i - (T - Tq) of q.
+  int64_t first_query() const { return T - Tq; }
+};
+
+struct TemporalSparseAttentionKernels {
+  int64_t (*pack_scratch)(bool is_double);
+  int64_t (*packed_bytes)(int D, bool is_double);  // the most that one key takes
+  // The held keys of one sequence and key head: segments and packed keys (unless null), and counts of what fired.
+  void (*pack)(const TemporalSparseAttention&, const SegmentedSequence&, int64_t key_head, void* scratch);
+  int64_t (*forward_scratch)(int D, int DV, bool is_double);
+  // The queries at positions [begin, end) of a sequence, at most kQueryBlock, of one query head.
+  void (*forward)(const TemporalSparseAttention&, const SegmentedSequence&, int64_t head, int64_t begin, int64_t end,
+                  void* scratch);
+};
+
+namespace base { extern const TemporalSparseAttentionKernels temporal_sparse_attention; }
+namespace avx2 { extern const TemporalSparseAttentionKernels temporal_sparse_attention; }
+namespace avx512 { extern const TemporalSparseAttentionKernels temporal_sparse_attention; }
+
+}  // namespace fla_ops
