@@ -119,8 +119,11 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, con
   std::vector<int64_t> counts{0};
   if (holds || count_fired) counts = {p.B, c.HK, c.T};
   Tensor fired = torch::stable::new_empty(q, counts, ScalarType::Int);
-  const int64_t packed_bytes = holds ? p.B * c.HK * c.T * p.run.packed_bytes(c.D, p.is_double) : 0;
-  Tensor packed = torch::stable::new_empty(q, {packed_bytes}, ScalarType::Byte);
+  // Room for a whole held row, and as many changes as there are channels, of every key; what is not used costs nothing.
+  const int64_t keys = p.B * c.HK * c.T, width = holds ? c.D + 1 : c.D, slack = 64;
+  Tensor packed = torch::stable::new_empty(q, {keys * width + slack}, accumulator(q));
+  Tensor packed_rows = torch::stable::new_empty(q, {holds ? keys * width + slack : 0}, ScalarType::Short);
+  Tensor values = torch::stable::new_empty(q, {keys * c.value_pitch()}, accumulator(q));
   std::vector<Segment> segments(holds ? c.HK * c.segments_total : 0);
   if (!p.covered()) {
     torch::stable::zero_(o);
@@ -129,17 +132,18 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, con
   }
   c.o = view(o, 3);
   c.lse = static_cast<char*>(lse.data_ptr());
-  if (holds || count_fired) {
-    c.fired = static_cast<int32_t*>(fired.data_ptr());
-    c.packed = holds ? static_cast<char*>(packed.data_ptr()) : nullptr;
-    c.segments = segments.data();
-    parallel_tasks(q, int64_t(p.all.size()) * c.HK, p.serial, p.run.pack_scratch(p.is_double),
-                   [&](int64_t task, void* scratch) { p.run.pack(c, p.all[task / c.HK], task % c.HK, scratch); });
-  }
-  parallel_tasks(q, int64_t(p.blocks.size()) * c.HQ, p.serial, p.run.forward_scratch(c.D, c.DV, p.is_double),
+  c.packed = static_cast<char*>(packed.data_ptr());
+  c.packed_rows = static_cast<uint16_t*>(packed_rows.data_ptr());
+  c.values = static_cast<char*>(values.data_ptr());
+  c.segments = segments.data();
+  if (holds || count_fired) c.fired = static_cast<int32_t*>(fired.data_ptr());
+  parallel_tasks(q, int64_t(p.all.size()) * c.HK, p.serial, p.run.pack_scratch(p.is_double),
+                 [&](int64_t task, void* scratch) { p.run.pack(c, p.all[task / c.HK], task % c.HK, scratch); });
+  const int64_t count = int64_t(p.blocks.size());
+  parallel_tasks(q, count * c.HQ, p.serial, p.run.forward_scratch(c.D, c.value_pitch(), p.is_double),
                  [&](int64_t task, void* scratch) {
-                   const QueryBlock& b = p.blocks[task / c.HQ];
-                   p.run.forward(c, *b.sequence, task % c.HQ, b.begin, b.end, scratch);
+                   const QueryBlock& b = p.blocks[task % count];
+                   p.run.forward(c, *b.sequence, task / count, b.begin, b.end, scratch);
                  });
   return {o, lse, fired};
 }

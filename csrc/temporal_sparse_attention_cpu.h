@@ -14,10 +14,11 @@ constexpr int kQueryBlock = 96;  // queries that share the walk over the keys
 constexpr int kSegment = 64;     // keys of a tile, and from one full held key to the next
 constexpr int kSparseMaxHeadDim = 256;
 
-// The held keys of a segment, from byte `start` of the packed keys on: the held row of its first key, then what fired
-// at each later key; or, if `dense`, the held rows of all its keys.
+// The held keys of a segment, from element `start` of the packed keys on: the held row of its first key, then by how
+// much changed what fired at each later key, and from entry `rows` of packed_rows on, which channels that were; or, if
+// `dense`, the held rows of all its keys.
 struct Segment {
-  int64_t start;
+  int64_t start, rows;
   bool dense;
 };
 
@@ -35,23 +36,25 @@ struct TemporalSparseAttention {
   double scale;
   int64_t window, sink;
   bool blocks;                // the window is the query's block of `window` tokens, not a band
-  bool holds;                 // whether any score takes a held key; if not, nothing is packed
+  bool holds;                 // whether any score takes a held key
   int64_t segments_total;
-  Segment* segments;          // [HK, segments_total]
-  char* packed;               // [B, HK, T] rows of the most that a key can take
-  int32_t* fired;             // [B, HK, T]: channels that fired; null if neither packed nor asked for
+  Segment* segments;          // [HK, segments_total]; null unless `holds`
+  char* packed;               // [B, HK, T, D + 1] if `holds`, in segments, else [B, HK, T, D]; of the arithmetic type
+  uint16_t* packed_rows;      // [B, HK, T, D + 1] if `holds`
+  char* values;               // [B, HK, T, value_pitch()] of the arithmetic type
+  int32_t* fired;             // [B, HK, T]: channels that fired; null if neither held nor asked for
   char* lse;                  // [B, HQ, Tq] of the arithmetic type: log2 of the sum of 2^score
 
   // Position i of a sequence is row s.start + i - (T - Tq) of q.
   int64_t first_query() const { return T - Tq; }
+  int value_pitch() const { return (DV + 15) / 16 * 16; }
 };
 
 struct TemporalSparseAttentionKernels {
   int64_t (*pack_scratch)(bool is_double);
-  int64_t (*packed_bytes)(int D, bool is_double);  // the most that one key takes
-  // The held keys of one sequence and key head: segments and packed keys (unless null), and counts of what fired.
+  // Segments, packed keys and values, and counts of what fired, of one sequence and key head.
   void (*pack)(const TemporalSparseAttention&, const SegmentedSequence&, int64_t key_head, void* scratch);
-  int64_t (*forward_scratch)(int D, int DV, bool is_double);
+  int64_t (*forward_scratch)(int D, int value_pitch, bool is_double);
   // The queries at positions [begin, end) of a sequence, at most kQueryBlock, of one query head.
   void (*forward)(const TemporalSparseAttention&, const SegmentedSequence&, int64_t head, int64_t begin, int64_t end,
                   void* scratch);
