@@ -148,9 +148,65 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, con
   return {o, lse, fired};
 }
 
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& threshold,
+                                            const Optional& cu_seqlens, double scale, int64_t window,
+                                            bool window_blocks, int64_t sink, bool holds, const Tensor& o,
+                                            const Tensor& lse, const Tensor& dout, int64_t needs) {
+  Problem p(q, k, v, threshold, cu_seqlens, scale, window, window_blocks, sink, holds);
+  TemporalSparseAttention& c = p.c;
+  const auto like_o = [&](const Tensor& x) {
+    return x.dim() == 4 && x.size(0) == p.B && x.size(1) == c.Tq && x.size(2) == c.HQ && x.size(3) == c.DV &&
+           x.scalar_type() == q.scalar_type();
+  };
+  STD_TORCH_CHECK(like_o(o) && like_o(dout) && lse.is_contiguous() && lse.numel() == p.B * c.HQ * c.Tq &&
+                      lse.scalar_type() == accumulator(q),
+                  "temporal_sparse_attention: o and its gradient must be [B, Tq, HQ, DV], lse as the forward saved it");
+  const auto gradient = [&](int i, const Tensor& x, View& to) {
+    if (!(needs >> i & 1)) return torch::stable::new_empty(q, {0});
+    Tensor grad = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)});
+    if (!p.covered()) torch::stable::zero_(grad);
+    to = view(grad, 3);
+    return grad;
+  };
+  const auto buffer = [&](bool wanted, int64_t heads, int pitch) {
+    return torch::stable::new_empty(q, {wanted ? p.B * heads * c.T * pitch : 0}, accumulator(q));
+  };
+  const auto data = [](const Tensor& x) { return x.numel() ? static_cast<char*>(x.data_ptr()) : nullptr; };
+
+  TemporalSparseBackward g{};
+  Tensor dq = gradient(0, q, g.dq), dk = gradient(1, k, g.dk), dv = gradient(2, v, g.dv);
+  Tensor keys = buffer(true, c.HK, c.key_pitch()), held = buffer(holds, c.HK, c.key_pitch());
+  Tensor values = buffer(true, c.HK, c.value_pitch());
+  Tensor dkeys = buffer(needs & 2, c.HQ, c.key_pitch()), dheld = buffer(holds && needs & 2, c.HQ, c.key_pitch());
+  Tensor dvalues = buffer(needs & 4, c.HQ, c.value_pitch());
+  for (Tensor* sums : {&dkeys, &dheld, &dvalues}) torch::stable::zero_(*sums);
+  c.o = view(o, 3);
+  c.lse = static_cast<char*>(lse.data_ptr());
+  c.values = data(values);
+  g.c = c;
+  g.dout = view(dout, 3);
+  g.keys = data(keys);
+  g.held = data(held);
+  g.dkeys = data(dkeys);
+  g.dheld = data(dheld);
+  g.dvalues = data(dvalues);
+
+  const int64_t count = int64_t(p.all.size());
+  parallel_tasks(q, count * c.HK, p.serial, p.run.pack_scratch(p.is_double), [&](int64_t task, void* scratch) {
+    p.run.pack_rows(g, p.all[task / c.HK], task % c.HK, scratch);
+  });
+  parallel_tasks(q, count * c.HQ, p.serial, p.run.backward_scratch(c.D, c.DV, p.is_double),
+                 [&](int64_t task, void* scratch) { p.run.backward(g, p.all[task / c.HQ], task % c.HQ, scratch); });
+  if (needs & 6)
+    parallel_tasks(q, count * c.HK, p.serial, 0,
+                   [&](int64_t task, void*) { p.run.finish(g, p.all[task / c.HK], task % c.HK); });
+  return {dq, dk, dv};
+}
+
 }  // namespace
 }  // namespace fla_ops
 
 STABLE_TORCH_LIBRARY_IMPL(fla_ops, CPU, m) {
   m.impl("temporal_sparse_attention_forward", TORCH_BOX(&fla_ops::forward));
+  m.impl("temporal_sparse_attention_backward", TORCH_BOX(&fla_ops::backward));
 }

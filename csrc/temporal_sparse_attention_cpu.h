@@ -47,7 +47,17 @@ struct TemporalSparseAttention {
 
   // Position i of a sequence is row s.start + i - (T - Tq) of q.
   int64_t first_query() const { return T - Tq; }
+  int key_pitch() const { return (D + 15) / 16 * 16; }
   int value_pitch() const { return (DV + 15) / 16 * 16; }
+};
+
+// What the backward adds. Buffers are of the arithmetic type; gradients are null where not needed.
+struct TemporalSparseBackward {
+  TemporalSparseAttention c;      // with o, lse and values, without segments
+  View dout;                      // [B, Tq, HQ, DV]
+  char *keys, *held;              // [B, HK, T, key_pitch()]; held null unless c.holds
+  char *dkeys, *dheld, *dvalues;  // [B, HQ, T, key_pitch() or value_pitch()], zeros at first
+  View dq, dk, dv;                // like q, k, v
 };
 
 struct TemporalSparseAttentionKernels {
@@ -58,6 +68,13 @@ struct TemporalSparseAttentionKernels {
   // The queries at positions [begin, end) of a sequence, at most kQueryBlock, of one query head.
   void (*forward)(const TemporalSparseAttention&, const SegmentedSequence&, int64_t head, int64_t begin, int64_t end,
                   void* scratch);
+  // Rows of keys, held keys and values of one sequence and key head.
+  void (*pack_rows)(const TemporalSparseBackward&, const SegmentedSequence&, int64_t key_head, void* scratch);
+  int64_t (*backward_scratch)(int D, int DV, bool is_double);
+  // dq of one query head of a sequence, and its part of dkeys, dheld and dvalues.
+  void (*backward)(const TemporalSparseBackward&, const SegmentedSequence&, int64_t head, void* scratch);
+  // dk and dv of one key head of a sequence.
+  void (*finish)(const TemporalSparseBackward&, const SegmentedSequence&, int64_t key_head);
 };
 
 namespace base { extern const TemporalSparseAttentionKernels temporal_sparse_attention; }

@@ -8,7 +8,7 @@ import torch
 
 from fla_ops import _native
 
-_OPS = ("temporal_sparse_attention_forward",)
+_OPS = ("temporal_sparse_attention_forward", "temporal_sparse_attention_backward")
 _load_error = _native.load(*_OPS)
 MAX_HEAD_DIM = 256
 
@@ -63,7 +63,6 @@ def register_fakes(namespace: str = "fla_ops") -> None:
         lse = q.new_empty(B, HQ, Tq, dtype=exact(q))
         return q.new_empty(B, Tq, HQ, v.shape[3]), lse, q.new_empty(counts, dtype=torch.int32)
 
-    return
     @torch.library.register_fake(f"{namespace}::temporal_sparse_attention_backward")
     def _(q, k, v, threshold, cu_seqlens, scale, window, blocks, sink, holds, o, lse, do, needs):
         return tuple(x.new_empty(x.shape if needs >> i & 1 else 0) for i, x in enumerate((q, k, v)))
