@@ -61,11 +61,11 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
   m.def(
       "temporal_sparse_attention_forward(Tensor q, Tensor k, Tensor v, Tensor threshold, Tensor? cu_seqlens, "
       "float scale, int window, bool window_blocks, int sink, bool holds, bool count_fired) "
-      "-> (Tensor o, Tensor lse, Tensor fired)");
+      "-> (Tensor o, Tensor norms, Tensor fired)");
   // needs: 1 q, 2 k, 4 v.
   m.def(
       "temporal_sparse_attention_backward(Tensor q, Tensor k, Tensor v, Tensor threshold, Tensor? cu_seqlens, "
-      "float scale, int window, bool window_blocks, int sink, bool holds, Tensor o, Tensor lse, Tensor do, int needs) "
+      "float scale, int window, bool window_blocks, int sink, bool holds, Tensor o, Tensor norms, Tensor do, int needs) "
       "-> (Tensor dq, Tensor dk, Tensor dv)");
 }
 

@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, con
   Problem p(q, k, v, threshold, cu_seqlens, scale, window, window_blocks, sink, holds);
   TemporalSparseAttention& c = p.c;
   Tensor o = torch::stable::new_empty(q, {p.B, c.Tq, c.HQ, c.DV});
-  Tensor lse = torch::stable::new_empty(q, {p.B, c.HQ, c.Tq}, accumulator(q));
+  Tensor norms = torch::stable::new_empty(q, {p.B, c.HQ, c.Tq, 2}, accumulator(q));
   std::vector<int64_t> counts{0};
   if (holds || count_fired) counts = {p.B, c.HK, c.T};
   Tensor fired = torch::stable::new_empty(q, counts, ScalarType::Int);
@@ -127,11 +127,11 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, con
   std::vector<Segment> segments(holds ? c.HK * c.segments_total : 0);
   if (!p.covered()) {
     torch::stable::zero_(o);
-    torch::stable::zero_(lse);
+    torch::stable::zero_(norms);
     torch::stable::zero_(fired);
   }
   c.o = view(o, 3);
-  c.lse = static_cast<char*>(lse.data_ptr());
+  c.norms = static_cast<char*>(norms.data_ptr());
   c.packed = static_cast<char*>(packed.data_ptr());
   c.packed_rows = static_cast<uint16_t*>(packed_rows.data_ptr());
   c.values = static_cast<char*>(values.data_ptr());
@@ -145,22 +145,22 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, con
                    const QueryBlock& b = p.blocks[task % count];
                    p.run.forward(c, *b.sequence, task / count, b.begin, b.end, scratch);
                  });
-  return {o, lse, fired};
+  return {o, norms, fired};
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& threshold,
                                             const Optional& cu_seqlens, double scale, int64_t window,
                                             bool window_blocks, int64_t sink, bool holds, const Tensor& o,
-                                            const Tensor& lse, const Tensor& dout, int64_t needs) {
+                                            const Tensor& norms, const Tensor& dout, int64_t needs) {
   Problem p(q, k, v, threshold, cu_seqlens, scale, window, window_blocks, sink, holds);
   TemporalSparseAttention& c = p.c;
   const auto like_o = [&](const Tensor& x) {
     return x.dim() == 4 && x.size(0) == p.B && x.size(1) == c.Tq && x.size(2) == c.HQ && x.size(3) == c.DV &&
            x.scalar_type() == q.scalar_type();
   };
-  STD_TORCH_CHECK(like_o(o) && like_o(dout) && lse.is_contiguous() && lse.numel() == p.B * c.HQ * c.Tq &&
-                      lse.scalar_type() == accumulator(q),
-                  "temporal_sparse_attention: o and its gradient must be [B, Tq, HQ, DV], lse as the forward saved it");
+  STD_TORCH_CHECK(like_o(o) && like_o(dout) && norms.is_contiguous() && norms.numel() == 2 * p.B * c.HQ * c.Tq &&
+                      norms.scalar_type() == accumulator(q),
+                  "temporal_sparse_attention: o and its gradient must be [B, Tq, HQ, DV], norms as the forward saved it");
   const auto gradient = [&](int i, const Tensor& x, View& to) {
     if (!(needs >> i & 1)) return torch::stable::new_empty(q, {0});
     Tensor grad = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)});
@@ -181,7 +181,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& q, const Tensor& k, co
   Tensor dvalues = buffer(needs & 4, c.HQ, c.value_pitch());
   for (Tensor* sums : {&dkeys, &dheld, &dvalues}) torch::stable::zero_(*sums);
   c.o = view(o, 3);
-  c.lse = static_cast<char*>(lse.data_ptr());
+  c.norms = static_cast<char*>(norms.data_ptr());
   c.values = data(values);
   g.c = c;
   g.dout = view(dout, 3);

@@ -43,7 +43,7 @@ struct TemporalSparseAttention {
   uint16_t* packed_rows;      // [B, HK, T, D + 1] if `holds`
   char* values;               // [B, HK, T, value_pitch()] of the arithmetic type
   int32_t* fired;             // [B, HK, T]: channels that fired; null if neither held nor asked for
-  char* lse;                  // [B, HQ, Tq] of the arithmetic type: log2 of the sum of 2^score
+  char* norms;                // [B, HQ, Tq, 2] of the arithmetic type: the largest score m, 1 / the sum of weights
 
   // Position i of a sequence is row s.start + i - (T - Tq) of q.
   int64_t first_query() const { return T - Tq; }
@@ -53,7 +53,7 @@ struct TemporalSparseAttention {
 
 // What the backward adds. Buffers are of the arithmetic type; gradients are null where not needed.
 struct TemporalSparseBackward {
-  TemporalSparseAttention c;      // with o, lse and values, without segments
+  TemporalSparseAttention c;      // with o, norms and values, without segments
   View dout;                      // [B, Tq, HQ, DV]
   char *keys, *held;              // [B, HK, T, key_pitch()]; held null unless c.holds
   char *dkeys, *dheld, *dvalues;  // [B, HQ, T, key_pitch() or value_pitch()], zeros at first

@@ -32,9 +32,9 @@ class _TemporalSparseAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, threshold, cu_seqlens, options, count_fired, backend, grad_mode):
         impl = resolve("temporal_sparse_attention", backend, q.device.type, q.dtype, q.shape[-1], v.shape[-1])
-        o, lse, fired = impl.forward(q, k, v, threshold, cu_seqlens, **options, count_fired=count_fired)
+        o, norms, fired = impl.forward(q, k, v, threshold, cu_seqlens, **options, count_fired=count_fired)
         if grad_mode and any(ctx.needs_input_grad):
-            ctx.save_for_backward(q, k, v, threshold, cu_seqlens, o, lse)
+            ctx.save_for_backward(q, k, v, threshold, cu_seqlens, o, norms)
             ctx.options, ctx.impl = options, impl
         ctx.mark_non_differentiable(fired)
         return o, fired

@@ -38,7 +38,7 @@ def random_cotangent(inputs, seed=SEED + 1) -> torch.Tensor:
 def thresholds(inputs, threshold) -> torch.Tensor:
     """A number, or what broadcasts, as the reference takes it: `[HK, D]`, rounded to float32."""
     HK, D = inputs["k"].shape[2:]
-    return torch.as_tensor(threshold, dtype=torch.float32).expand(HK, D)
+    return torch.zeros(HK, D) + torch.as_tensor(threshold, dtype=torch.float32)
 
 
 def results(op, inputs, do, *, dtype=None, wanted=TENSORS, **options) -> dict[str, torch.Tensor]:

@@ -28,8 +28,8 @@ def _rows(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def forward(q, k, v, threshold, cu_seqlens, *, window, sink, window_mode, scale, dense, count_fired):
-    """(o, lse, fired): `backward` takes `lse`, log2 of each row's sum of 2^score; `fired` `[B, HK, T]` is empty where
-    neither asked for nor needed."""
+    """(o, norms, fired): `backward` takes `norms`, each softmax's maximum and the inverse of its sum; `fired`
+    `[B, HK, T]` is empty where neither asked for nor needed."""
     q, k, v = _rows(q, k, v)
     blocks = window_mode == "block"
     return _native.ops.temporal_sparse_attention_forward(
@@ -38,14 +38,14 @@ def forward(q, k, v, threshold, cu_seqlens, *, window, sink, window_mode, scale,
 
 
 def backward(
-    q, k, v, threshold, cu_seqlens, o, lse, do, *, window, sink, window_mode, scale, dense, needs
+    q, k, v, threshold, cu_seqlens, o, norms, do, *, window, sink, window_mode, scale, dense, needs
 ):  # fmt: skip
     """Gradients of q, k and v, None where `needs` is False."""
     q, k, v, do = _rows(q, k, v, do)
     mask = sum(bit << i for i, bit in enumerate(needs))
     blocks = window_mode == "block"
     grads = _native.ops.temporal_sparse_attention_backward(
-        q, k, v, threshold, cu_seqlens, scale, window, blocks, sink, not dense, o, lse, do, mask
+        q, k, v, threshold, cu_seqlens, scale, window, blocks, sink, not dense, o, norms, do, mask
     )
     return [d if need else None for d, need in zip(grads, needs, strict=True)]
 
@@ -60,11 +60,11 @@ def register_fakes(namespace: str = "fla_ops") -> None:
     def _(q, k, v, threshold, cu_seqlens, scale, window, blocks, sink, holds, count_fired):
         B, Tq, HQ = q.shape[:3]
         counts = (B, k.shape[2], k.shape[1]) if holds or count_fired else (0,)
-        lse = q.new_empty(B, HQ, Tq, dtype=exact(q))
-        return q.new_empty(B, Tq, HQ, v.shape[3]), lse, q.new_empty(counts, dtype=torch.int32)
+        norms = q.new_empty(B, HQ, Tq, 2, dtype=exact(q))
+        return q.new_empty(B, Tq, HQ, v.shape[3]), norms, q.new_empty(counts, dtype=torch.int32)
 
     @torch.library.register_fake(f"{namespace}::temporal_sparse_attention_backward")
-    def _(q, k, v, threshold, cu_seqlens, scale, window, blocks, sink, holds, o, lse, do, needs):
+    def _(q, k, v, threshold, cu_seqlens, scale, window, blocks, sink, holds, o, norms, do, needs):
         return tuple(x.new_empty(x.shape if needs >> i & 1 else 0) for i, x in enumerate((q, k, v)))
 
 
