@@ -104,6 +104,27 @@ struct Problem {
     serial = pairs * c.HQ * (c.D + c.DV) < kSerialWork;
   }
 
+  // Memory for what `pack` makes, filled by it; the tensors live as long as the problem.
+  std::vector<Segment> segments;
+  std::vector<Tensor> packed;
+  void reserve(const Tensor& q, bool keep_rows) {
+    // Room for a whole held row, and as many changes as there are channels, of every key; what is not used costs little.
+    const int64_t keys = B * c.HK * c.T, width = c.holds ? c.D + 1 : c.D, slack = 64;
+    const auto take = [&](int64_t count, ScalarType type) {
+      packed.push_back(torch::stable::new_empty(q, {count}, type));
+      return static_cast<char*>(packed.back().data_ptr());
+    };
+    c.packed = take(keys * width + slack, accumulator(q));
+    c.values = take(keys * c.value_pitch(), accumulator(q));
+    segments.resize(c.holds ? c.HK * c.segments_total : 0);
+    c.segments = segments.data();
+    if (!c.holds) return;
+    c.packed_rows = reinterpret_cast<uint16_t*>(take(keys * width + slack, ScalarType::Short));
+    if (!keep_rows) return;
+    c.held = take(keys * c.key_pitch(), accumulator(q));
+    c.fired = reinterpret_cast<int32_t*>(take(keys, ScalarType::Int));
+  }
+
   bool covered() const {
     return all.empty() ? c.T == 0 : all.front().start == 0 && all.back().start + all.back().length == c.T;
   }
@@ -119,12 +140,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, con
   std::vector<int64_t> counts{0};
   if (holds || count_fired) counts = {p.B, c.HK, c.T};
   Tensor fired = torch::stable::new_empty(q, counts, ScalarType::Int);
-  // Room for a whole held row, and as many changes as there are channels, of every key; what is not used costs nothing.
-  const int64_t keys = p.B * c.HK * c.T, width = holds ? c.D + 1 : c.D, slack = 64;
-  Tensor packed = torch::stable::new_empty(q, {keys * width + slack}, accumulator(q));
-  Tensor packed_rows = torch::stable::new_empty(q, {holds ? keys * width + slack : 0}, ScalarType::Short);
-  Tensor values = torch::stable::new_empty(q, {keys * c.value_pitch()}, accumulator(q));
-  std::vector<Segment> segments(holds ? c.HK * c.segments_total : 0);
+  p.reserve(q, false);
   if (!p.covered()) {
     torch::stable::zero_(o);
     torch::stable::zero_(norms);
@@ -132,10 +148,6 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, con
   }
   c.o = view(o, 3);
   c.norms = static_cast<char*>(norms.data_ptr());
-  c.packed = static_cast<char*>(packed.data_ptr());
-  c.packed_rows = static_cast<uint16_t*>(packed_rows.data_ptr());
-  c.values = static_cast<char*>(values.data_ptr());
-  c.segments = segments.data();
   if (holds || count_fired) c.fired = static_cast<int32_t*>(fired.data_ptr());
   parallel_tasks(q, int64_t(p.all.size()) * c.HK, p.serial, p.run.pack_scratch(p.is_double),
                  [&](int64_t task, void* scratch) { p.run.pack(c, p.all[task / c.HK], task % c.HK, scratch); });
@@ -175,25 +187,23 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& q, const Tensor& k, co
 
   TemporalSparseBackward g{};
   Tensor dq = gradient(0, q, g.dq), dk = gradient(1, k, g.dk), dv = gradient(2, v, g.dv);
-  Tensor keys = buffer(true, c.HK, c.key_pitch()), held = buffer(holds, c.HK, c.key_pitch());
-  Tensor values = buffer(true, c.HK, c.value_pitch());
+  Tensor keys = buffer(true, c.HK, c.key_pitch());
   Tensor dkeys = buffer(needs & 2, c.HQ, c.key_pitch()), dheld = buffer(holds && needs & 2, c.HQ, c.key_pitch());
   Tensor dvalues = buffer(needs & 4, c.HQ, c.value_pitch());
   for (Tensor* sums : {&dkeys, &dheld, &dvalues}) torch::stable::zero_(*sums);
   c.o = view(o, 3);
   c.norms = static_cast<char*>(norms.data_ptr());
-  c.values = data(values);
+  p.reserve(q, true);
   g.c = c;
   g.dout = view(dout, 3);
   g.keys = data(keys);
-  g.held = data(held);
   g.dkeys = data(dkeys);
   g.dheld = data(dheld);
   g.dvalues = data(dvalues);
 
   const int64_t count = int64_t(p.all.size());
   parallel_tasks(q, count * c.HK, p.serial, p.run.pack_scratch(p.is_double), [&](int64_t task, void* scratch) {
-    p.run.pack_rows(g, p.all[task / c.HK], task % c.HK, scratch);
+    p.run.pack_keys(g, p.all[task / c.HK], task % c.HK, scratch);
   });
   parallel_tasks(q, count * c.HQ, p.serial, p.run.backward_scratch(c.D, c.DV, p.is_double),
                  [&](int64_t task, void* scratch) { p.run.backward(g, p.all[task / c.HQ], task % c.HQ, scratch); });

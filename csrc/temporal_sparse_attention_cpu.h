@@ -41,6 +41,7 @@ struct TemporalSparseAttention {
   Segment* segments;          // [HK, segments_total]; null unless `holds`
   char* packed;               // [B, HK, T, D + 1] if `holds`, in segments, else [B, HK, T, D]; of the arithmetic type
   uint16_t* packed_rows;      // [B, HK, T, D + 1] if `holds`
+  char* held;                 // [B, HK, T, key_pitch()] of the arithmetic type: held keys, for the backward; or null
   char* values;               // [B, HK, T, value_pitch()] of the arithmetic type
   int32_t* fired;             // [B, HK, T]: channels that fired; null if neither held nor asked for
   char* norms;                // [B, HQ, Tq, 2] of the arithmetic type: the largest score m, 1 / the sum of weights
@@ -53,9 +54,9 @@ struct TemporalSparseAttention {
 
 // What the backward adds. Buffers are of the arithmetic type; gradients are null where not needed.
 struct TemporalSparseBackward {
-  TemporalSparseAttention c;      // with o, norms and values, without segments
+  TemporalSparseAttention c;      // with o and norms
   View dout;                      // [B, Tq, HQ, DV]
-  char *keys, *held;              // [B, HK, T, key_pitch()]; held null unless c.holds
+  char* keys;                     // [B, HK, T, key_pitch()]
   char *dkeys, *dheld, *dvalues;  // [B, HQ, T, key_pitch() or value_pitch()], zeros at first
   View dq, dk, dv;                // like q, k, v
 };
@@ -68,8 +69,8 @@ struct TemporalSparseAttentionKernels {
   // The queries at positions [begin, end) of a sequence, at most kQueryBlock, of one query head.
   void (*forward)(const TemporalSparseAttention&, const SegmentedSequence&, int64_t head, int64_t begin, int64_t end,
                   void* scratch);
-  // Rows of keys, held keys and values of one sequence and key head.
-  void (*pack_rows)(const TemporalSparseBackward&, const SegmentedSequence&, int64_t key_head, void* scratch);
+  // Also what `pack` does, of one sequence and key head.
+  void (*pack_keys)(const TemporalSparseBackward&, const SegmentedSequence&, int64_t key_head, void* scratch);
   int64_t (*backward_scratch)(int D, int DV, bool is_double);
   // dq of one query head of a sequence, and its part of dkeys, dheld and dvalues.
   void (*backward)(const TemporalSparseBackward&, const SegmentedSequence&, int64_t head, void* scratch);

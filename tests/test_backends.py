@@ -271,9 +271,7 @@ SIGNATURES = {
     "DeltaProductOutput": f"(o: {T}, final_state: {T} | None)",
     "DeltaRuleOutput": f"(o: {T}, final_state: {T} | None)",
     "SelectiveScanOutput": f"(y: {T}, final_state: {T} | None)",
-    "TemporalSparseAttentionOutput": (
-        f"(o: {T}, stats: fla_ops.temporal_sparse_attention.TemporalSparseStats | None)"
-    ),
+    "TemporalSparseAttentionOutput": (f"(o: {T}, stats: fla_ops.temporal_sparse_attention.TemporalSparseStats | None)"),
     "TemporalSparseStats": f"(zeros: {T}, skipped: {T})",
 }
 

@@ -145,7 +145,7 @@ def test_sinks(backend, ways, sink):
         check(backend, random_inputs(1, 150, 1, 1), threshold=0.5, window=3, sink=sink)
 
 
-@pytest.mark.parametrize("scale", [-1.5, 0.0, 4.0])
+@pytest.mark.parametrize("scale", [-1.5, 0.0, 2.0, 4.0])
 def test_a_scale_of_ones_own(backend, ways, scale):
     for _ in ways():
         check(backend, random_inputs(T=80), threshold=0.4, window=3, scale=scale)
@@ -383,9 +383,7 @@ def test_a_held_keys_gradient_goes_to_the_key_that_was_transmitted(backend):
     """With one query, a window of 1 and a threshold that nothing exceeds: all to the first key, save the last's own."""
     x = random_inputs(1, 80, 1, 1, dtype=torch.float64, Tq=1)
     do = random_cotangent(x)
-    found = results(
-        fla_ops.temporal_sparse_attention, x, do, threshold=math.inf, window=1, backend=backend
-    )
+    found = results(fla_ops.temporal_sparse_attention, x, do, threshold=math.inf, window=1, backend=backend)
     assert (found["dk"][:, 1:-1] == 0).all()
     assert (found["dk"][:, 0] != 0).all() and (found["dk"][:, -1] != 0).all()
 

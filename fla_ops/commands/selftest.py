@@ -122,7 +122,9 @@ def _run(function: Callable, inputs: Tensors, options: dict) -> Tensors:
     """The output, the final state if the op has one, and the gradient of every input through both."""
     leaves = {n: t.detach().clone().requires_grad_() for n, t in inputs.items()}
     if "initial_state" in leaves:
-        results = dict(zip(("output", "final_state"), function(**leaves, output_final_state=True, **options), strict=True))
+        results = dict(
+            zip(("output", "final_state"), function(**leaves, output_final_state=True, **options), strict=True)
+        )
     else:
         results = {"output": function(**leaves, **options)[0]}
     generator = torch.Generator().manual_seed(1)
