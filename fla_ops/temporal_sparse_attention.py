@@ -93,7 +93,7 @@ def temporal_sparse_attention(
 
     Returns:
         `(o, stats)`: o `[B, Tq, HQ, DV]` in q's dtype. stats, or None, is `(zeros, skipped)`, float64 `[N, HK]` each
-        (N = B without cu_seqlens): the share of k_hat's changes that are zero, k_hat_0 counting as T's first change; and
+        (N = B without cu_seqlens): the share of k_hat's changes that are zero, all of k_hat_0 counting as changed; and
         the share of the multiply-adds of q k^T, against dense causal attention, that the zeros save. A score in the
         window or of a sink saves none.
 
