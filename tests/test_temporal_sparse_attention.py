@@ -467,3 +467,24 @@ def test_opcheck(native):
         for needs in (0, 1, 2, 4, 7):
             given = (*args, o, norms, torch.ones_like(o), needs)
             torch.library.opcheck(ops.temporal_sparse_attention_backward, given, test_utils=utils)
+
+
+@pytest.mark.no_poison
+def test_compiles_whole(native):
+    x = random_inputs(1, 70, 2, 1)
+
+    def both(q, k, v):
+        o, stats = fla_ops.temporal_sparse_attention(
+            q, k, v, threshold=0.3, window=0.1, return_stats=True, backend=native
+        )
+        return o, stats.skipped
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    found = []
+    for op in (both, compiled):
+        q, k, v = (t.clone().requires_grad_() for t in x.values())
+        o, skipped = op(q, k, v)
+        found.append(
+            {"o": o, "skipped": skipped} | dict(zip(TENSORS, torch.autograd.grad(o.sum(), (q, k, v)), strict=True))
+        )
+    assert_same_bits(*found)
