@@ -458,6 +458,7 @@ def test_autocast_casts_the_main_tensors(backend):
 @pytest.mark.no_poison
 def test_opcheck(native):
     x = random_inputs(1, 40, 2, 1, 5, 3, dtype=torch.bfloat16)
+    attention(x, threshold=0.3, window=4, backend=native)  # loads the library and its fakes
     ops, utils = torch.ops.fla_ops, ("test_schema", "test_faketensor")
     theta = thresholds(x, 0.3).contiguous()
     for cu, holds, count in ((None, True, False), (bounds([10, 30]), False, True), (None, False, False)):
