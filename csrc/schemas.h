@@ -57,6 +57,16 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
   m.def(
       "selective_scan_step(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
       "Tensor? delta_bias, Tensor(a!) state, bool delta_softplus, Tensor? state_indices) -> Tensor");
+  // holds: whether any score takes a held key. fired [B, HK, T] is empty unless it does, or count_fired.
+  m.def(
+      "temporal_sparse_attention_forward(Tensor q, Tensor k, Tensor v, Tensor threshold, Tensor? cu_seqlens, "
+      "float scale, int window, bool window_blocks, int sink, bool holds, bool count_fired) "
+      "-> (Tensor o, Tensor norms, Tensor fired)");
+  // needs: 1 q, 2 k, 4 v.
+  m.def(
+      "temporal_sparse_attention_backward(Tensor q, Tensor k, Tensor v, Tensor threshold, Tensor? cu_seqlens, "
+      "float scale, int window, bool window_blocks, int sink, bool holds, Tensor o, Tensor norms, Tensor do, int needs) "
+      "-> (Tensor dq, Tensor dk, Tensor dv)");
 }
 
 }  // namespace fla_ops

@@ -18,6 +18,11 @@ from .causal_conv1d import CausalConv1dOutput, causal_conv1d, causal_conv1d_step
 from .delta_product import DeltaProductOutput, delta_product, delta_product_step
 from .delta_rule import DeltaRuleOutput, delta_rule, delta_rule_step
 from .selective_scan import SelectiveScanOutput, selective_scan, selective_scan_step
+from .temporal_sparse_attention import (
+    TemporalSparseAttentionOutput,
+    TemporalSparseStats,
+    temporal_sparse_attention,
+)
 
 __all__ = [
     "CausalConv1dOutput",
@@ -25,6 +30,8 @@ __all__ = [
     "DeltaRuleOutput",
     "FallbackWarning",
     "SelectiveScanOutput",
+    "TemporalSparseAttentionOutput",
+    "TemporalSparseStats",
     "__version__",
     "backends",
     "causal_conv1d",
@@ -38,5 +45,6 @@ __all__ = [
     "param_groups",
     "selective_scan",
     "selective_scan_step",
+    "temporal_sparse_attention",
     "use_backend",
 ]

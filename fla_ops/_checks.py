@@ -116,6 +116,15 @@ def _can_read(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" or (_values_checked and x.device.type != "meta")
 
 
+def non_negative(op: str, name: str, x: torch.Tensor) -> bool:
+    """Check the values of a tensor where they can be read; whether all of them are known to be 0."""
+    if not _can_read(x):
+        return False
+    if not bool((x >= 0).all()):
+        raise bad(ValueError, op, name, ">= 0 everywhere", x[~(x >= 0)][0].item())
+    return not bool(x.any())
+
+
 def cu_seqlens(
     op: str, x: torch.Tensor | None, batch: int, length: int, device: torch.device, time: str = "T", count: str = "N"
 ):

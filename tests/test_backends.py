@@ -257,6 +257,12 @@ SIGNATURES = {
         f"delta_bias: {T} | None = None, delta_softplus: bool = False, state_indices: {T} | None = None, "
         f"backend: str = 'auto') -> {T}"
     ),
+    "temporal_sparse_attention": (
+        f"(q: {T}, k: {T}, v: {T}, *, threshold: float | {T}, window: int | float, sink: int = 0, "
+        f"window_mode: str = 'band', scale: float | None = None, cu_seqlens: {T} | None = None, "
+        "return_stats: bool = False, backend: str = 'auto') -> "
+        "fla_ops.temporal_sparse_attention.TemporalSparseAttentionOutput"
+    ),
     "backends": "() -> dict[str, dict]",
     "check_values": "(on: bool) -> None",
     "param_groups": "(model: torch.nn.modules.module.Module, weight_decay: float) -> list[dict]",
@@ -265,6 +271,8 @@ SIGNATURES = {
     "DeltaProductOutput": f"(o: {T}, final_state: {T} | None)",
     "DeltaRuleOutput": f"(o: {T}, final_state: {T} | None)",
     "SelectiveScanOutput": f"(y: {T}, final_state: {T} | None)",
+    "TemporalSparseAttentionOutput": (f"(o: {T}, stats: fla_ops.temporal_sparse_attention.TemporalSparseStats | None)"),
+    "TemporalSparseStats": f"(zeros: {T}, skipped: {T})",
 }
 
 

@@ -97,6 +97,24 @@ def scan_step(**changed):
     return lambda backend: fla_ops.selective_scan_step(**x, backend=backend)
 
 
+def sparse(**changed):
+    """The arguments of a right temporal-sparse attention, some of them replaced."""
+    x = {"q": torch.randn(B, 8, HV, K), "k": torch.randn(B, T, H, K), "v": torch.randn(B, T, H, V)}
+    x |= {"threshold": 0.3, "window": 4} | changed
+    return lambda backend: fla_ops.temporal_sparse_attention(**x, backend=backend)
+
+
+def packed_sparse(**changed):
+    """The same for one row of packed sequences."""
+    x = {"q": torch.randn(1, T, HV, K), "k": torch.randn(1, T, H, K), "v": torch.randn(1, T, H, V)}
+    return sparse(**x | {"cu_seqlens": bounds([4, 6])} | changed)
+
+
+def positional_sparse(backend):
+    x = torch.randn(B, T, H, K)
+    return fla_ops.temporal_sparse_attention(x, x, x, 0.3, 4, backend=backend)
+
+
 def positional_scan(*extra):
     x = selective_scan_cases.random_inputs(B, DI, T, STATES, G=2)
     tensors = [x[name] for name in selective_scan_cases.TENSORS[:6]]
@@ -137,6 +155,7 @@ D, S = "delta_rule: ", "delta_rule_step: "
 P, PS = "delta_product: ", "delta_product_step: "
 C, CS = "causal_conv1d: ", "causal_conv1d_step: "
 M, MS = "selective_scan: ", "selective_scan_step: "
+A = "temporal_sparse_attention: "
 TABLE = [
     # 1. lengths and sizes that do not match q
     ("k is shorter than q", delta_rule(good(k=zeros(B, 6, H, K))), ValueError,
@@ -568,6 +587,76 @@ TABLE = [
      MS + r"argument 'state_indices' must be of shape \[B=2\], got \[1\]"),
     ("scan step: delta_softplus is None", scan_step(delta_softplus=None), TypeError,
      MS + r"argument 'delta_softplus' must be True or False, got None"),
+    # 25. temporal-sparse attention
+    ("sparse: threshold is negative", sparse(threshold=-0.1), ValueError,
+     A + r"argument 'threshold' must be >= 0, got -0\.1"),
+    ("sparse: threshold is NaN", sparse(threshold=math.nan), ValueError,
+     A + r"argument 'threshold' must be >= 0, got nan"),
+    ("sparse: threshold is negative somewhere", sparse(threshold=torch.tensor([0.1] * 7 + [-2.0])), ValueError,
+     A + r"argument 'threshold' must be >= 0 everywhere, got -2\.0"),
+    ("sparse: threshold is NaN somewhere", sparse(threshold=zeros(H, K).fill_(math.nan)), ValueError,
+     A + r"argument 'threshold' must be >= 0 everywhere, got nan"),
+    ("sparse: threshold is a row of the wrong length", sparse(threshold=zeros(5)), ValueError,
+     A + r"argument 'threshold' must be broadcastable to \[HK=2, D=8\], got \[5\]"),
+    ("sparse: threshold is [D, HK]", sparse(threshold=zeros(K, H)), ValueError,
+     A + r"argument 'threshold' must be .*got \[8, 2\]\. It looks like \[D, HK\]: transpose\(0, 1\)"),
+    ("sparse: threshold is a number a query head", sparse(threshold=zeros(HV, 1)), ValueError,
+     A + r"argument 'threshold' must be broadcastable to \[HK=2, D=8\], got \[4, 1\]"),
+    ("sparse: threshold is a number a token", sparse(threshold=zeros(T, H, K)), ValueError,
+     A + r"argument 'threshold' must be broadcastable to \[HK=2, D=8\], got \[10, 2, 8\]"),
+    ("sparse: threshold is int", sparse(threshold=torch.ones(8, dtype=torch.int64)), TypeError,
+     A + r"argument 'threshold' must be a floating tensor, got torch\.int64"),
+    ("sparse: threshold is a list", sparse(threshold=[0.1]), TypeError,
+     A + r"argument 'threshold' must be a number or a tensor, got \[0\.1\]"),
+    ("sparse: threshold is True", sparse(threshold=True), TypeError,
+     A + r"argument 'threshold' must be a number or a tensor, got True"),
+    ("sparse: threshold is on another device", sparse(threshold=zeros(K, device="meta")), ValueError,
+     A + r"all tensors must be on one device, got q: cpu, threshold: meta"),
+    ("sparse: window is 0", sparse(window=0), ValueError, A + r"argument 'window' must be at least 1, got 0"),
+    ("sparse: window is 0.0", sparse(window=0.0), ValueError,
+     A + r"argument 'window' must be an int >= 1 or a float in \(0, 1\], got 0\.0\. A float is a share of T"),
+    ("sparse: window is a share above 1", sparse(window=64.0), ValueError,
+     A + r"argument 'window' must be .*got 64\.0\. A float is a share of T; give an int for tokens"),
+    ("sparse: window is NaN", sparse(window=math.nan), ValueError, A + r"argument 'window' must be .*got nan"),
+    ("sparse: window is None", sparse(window=None), TypeError, A + r"argument 'window' must be an int, got None"),
+    ("sparse: window is True", sparse(window=True), TypeError, A + r"argument 'window' must be an int, got True"),
+    ("sparse: window is a share of packed sequences", packed_sparse(window=0.05), ValueError,
+     A + r"argument 'window' must be an int with cu_seqlens, got 0\.05"),
+    ("sparse: sink is negative", sparse(sink=-1), ValueError, A + r"argument 'sink' must be at least 0, got -1"),
+    ("sparse: sink is a float", sparse(sink=1.0), TypeError, A + r"argument 'sink' must be an int, got 1\.0"),
+    ("sparse: window_mode is unknown", sparse(window_mode="sliding"), ValueError,
+     A + r"argument 'window_mode' must be \"band\" or \"block\", got 'sliding'"),
+    ("sparse: return_stats is None", sparse(return_stats=None), TypeError,
+     A + r"argument 'return_stats' must be True or False, got None"),
+    ("sparse: scale is NaN", sparse(scale=math.nan), ValueError, A + r"argument 'scale' must be finite, got nan"),
+    ("sparse: more queries than keys", sparse(q=zeros(B, 11, HV, K)), ValueError,
+     A + r"argument 'q' must be of at most T=10 tokens, as k has, got Tq=11\. Queries are the last"),
+    ("sparse: fewer queries than keys, packed", packed_sparse(q=zeros(1, 8, HV, K)), ValueError,
+     A + r"argument 'q' must be of T=10 tokens with cu_seqlens, got 8"),
+    ("sparse: query heads are no multiple", sparse(q=zeros(B, 8, 3, K)), ValueError,
+     A + r"argument 'q' must be of a head count that is a multiple of HK=2, got HQ=3"),
+    ("sparse: q is 3-D", sparse(q=zeros(B, 8, K)), ValueError,
+     A + r"argument 'q' must be of shape \[B, Tq, HQ, D\], got \[2, 8, 8\]"),
+    ("sparse: k has another head dimension", sparse(k=zeros(B, T, H, 5)), ValueError,
+     A + r"argument 'k' must be of shape \[B=2, T, HK, D=8\], got \[2, 10, 2, 5\]"),
+    ("sparse: k has another batch", sparse(k=zeros(1, T, H, K)), ValueError,
+     A + r"argument 'k' must be of shape \[B=2, .*got \[1, 10, 2, 8\]"),
+    ("sparse: v is shorter", sparse(v=zeros(B, 9, H, V)), ValueError,
+     A + r"argument 'v' must be of shape \[B=2, T=10, HK=2, DV\], got \[2, 9, 2, 6\]"),
+    ("sparse: v has the query heads", sparse(v=zeros(B, T, HV, V)), ValueError,
+     A + r"argument 'v' must be .*HK=2, DV\], got \[2, 10, 4, 6\]"),
+    ("sparse: D is 0", sparse(q=zeros(B, 8, HV, 0), k=zeros(B, T, H, 0)), ValueError,
+     A + r"argument 'q' must be of a head dimension >= 1, got 0"),
+    ("sparse: k is bf16", sparse(k=zeros(B, T, H, K, dtype=torch.bfloat16)), TypeError,
+     A + r"argument 'k' must be torch\.float32 to match 'q', got torch\.bfloat16"),
+    ("sparse: k is on another device", sparse(k=zeros(B, T, H, K, device="meta")), ValueError,
+     A + r"all tensors must be on one device, got q: cpu, k: meta"),
+    ("sparse: cu_seqlens ends before T", packed_sparse(cu_seqlens=cu(0, 4, 9)), ValueError,
+     A + r"argument 'cu_seqlens' must be non-decreasing from 0 to T=10, got \[0, 4, 9\]"),
+    ("sparse: cu_seqlens for a batch", sparse(q=zeros(B, T, HV, K), cu_seqlens=cu(0, 10)), ValueError,
+     A + r"argument 'cu_seqlens' must be given with B=1 only, got B=2"),
+    ("sparse: positional options", positional_sparse, TypeError, r"takes 3 positional arguments"),
+    ("sparse: unknown keyword", sparse(thresold=0.1), TypeError, "unexpected keyword argument 'thresold'"),
     # 13. a mask and a pack at once
     ("layer: attention_mask and cu_seqlens", masked_layer(attention_mask=torch.ones(1, T), cu_seqlens=cu(0, T)),
      ValueError, r"attention_mask.*cu_seqlens"),
@@ -599,6 +688,8 @@ def test_the_right_calls_are_right(backend):
     scan()("auto")
     packed_scan()("auto")
     scan_step()("auto")
+    sparse()("reference")
+    packed_sparse()("reference")
 
 
 @pytest.mark.parametrize("name", ["triton", "native"])

@@ -18,7 +18,7 @@ import fla_ops
 from fla_ops._backend import why_not
 from fla_ops._native import levels
 
-from . import bench_scan
+from . import bench_scan, bench_sparse
 
 Tensors = dict[str, torch.Tensor]
 FORWARD, BACKWARD, STEP = "forward", "forward+backward", "step"
@@ -71,6 +71,8 @@ class Case:
         """What the op is called with beside its tensors."""
         if self.op == "selective_scan":
             return {"delta_softplus": True}
+        if self.op == "temporal_sparse_attention":
+            return bench_sparse.options(self.sizes)
         if not self.delta:
             return {"activation": "silu"}
         steps = {"num_householder": self.sizes["n"]} if self.op == "delta_product" and self.kind != STEP else {}
@@ -91,6 +93,11 @@ def _conv(kind: str, D: int, L: int, B: int = 1, **options) -> Case:
 
 def _scan(kind: str, Di: int, L: int, B: int = 1, **options) -> Case:
     return Case("selective_scan", kind, {"B": B, "Di": Di, "L": L, "N": 16}, **options)
+
+
+def _sparse(kind: str, T: int, zeros: int, W: int = 64, H: int = 8, D: int = 64, B: int = 1, **options) -> Case:
+    sizes = {"B": B, "T": T, "H": H, "D": D, "W": W, "zeros": zeros}
+    return Case("temporal_sparse_attention", kind, sizes, **options)
 
 
 _ON_CPU = (
@@ -132,6 +139,12 @@ _ON_CPU = (
     ),
     _scan(STEP, 1536, 1, quick=True),
     _scan(STEP, 1536, 1, B=8),
+    *(_sparse(FORWARD, 4096, zeros, quick=zeros == 80) for zeros in (60, 80, 90)),
+    _sparse(FORWARD, 4096, 80, W=205),
+    _sparse(FORWARD, 512, 80),
+    _sparse(FORWARD, 4096, 80, D=128),
+    _sparse(FORWARD, 4096, 80, dtype=torch.bfloat16),
+    _sparse(BACKWARD, 2048, 80, quick=True),
 )
 
 _HALF = {"dtype": torch.bfloat16}
@@ -205,6 +218,8 @@ def inputs(case: Case, length: int | None = None) -> Tensors:
     elif case.op == "selective_scan":
         x = bench_scan.inputs(s, case.dtype, None if case.kind == STEP else T, case.channels_last)
         state = bench_scan.state_shape(s)
+    elif case.op == "temporal_sparse_attention":
+        x = bench_sparse.inputs(s, case.dtype, T)
     else:
         x = {"x": rand(s["B"], s["D"]) if case.kind == STEP else rand(s["B"], s["D"], T)}
         x |= {"weight": torch.randn(s["D"], s["W"]) / 2, "bias": torch.randn(s["D"])}
@@ -223,7 +238,7 @@ def inputs(case: Case, length: int | None = None) -> Tensors:
 
 
 def _first(x: Tensors) -> torch.Tensor:
-    """The tensor that the output has the shape of, in the convolution and in the scan."""
+    """The tensor that the output has the shape of, where it is one of the inputs."""
     return next(iter(x.values()))
 
 
@@ -239,6 +254,8 @@ def work(case: Case) -> tuple[float, float]:
     twice the forward: what a kernel recomputes, or does more in larger chunks, earns no credit. DeltaProduct has n rows
     of keys and values a token, and one of queries. Bytes are each input and output once. The scan's: bench_scan.py.
     """
+    if case.op == "temporal_sparse_attention":
+        return bench_sparse.work(case.sizes, case.dtype.itemsize, case.kind == BACKWARD)
     if case.op == "selective_scan":
         return bench_scan.work(case.sizes, case.dtype.itemsize, case.kind == STEP, case.kind == BACKWARD)
     s, size = case.sizes, case.dtype.itemsize
@@ -277,7 +294,7 @@ def _pass(case: Case, function: Callable[..., torch.Tensor]) -> Callable[[Tensor
 
 def _ours(case: Case, reference: bool) -> list[Variant]:
     op = getattr(fla_ops, f"{case.op}_step" if case.kind == STEP else case.op)
-    letters = {"causal_conv1d": ("W",), "selective_scan": ("N",)}.get(case.op, ("K", "V"))
+    letters = {"causal_conv1d": "W", "selective_scan": "N", "temporal_sparse_attention": "D"}.get(case.op, "KV")
     sizes = tuple(case.sizes[letter] for letter in letters)
 
     def call(backend: str, **x: torch.Tensor) -> torch.Tensor:
@@ -298,8 +315,9 @@ def _ours(case: Case, reference: bool) -> list[Variant]:
                 Variant(f"fla_ops native {level}", run, ours=True, level=level)
                 for level in reversed(levels.available())
             ]
-    # Its step loop would take the whole day on a GPU, and on a CPU for the gradients of a long scan.
-    slow = device() == "cuda" or case.kind == BACKWARD and case.sizes.get("L", 0) > 4096
+    # Its step loop would take the whole day on a GPU, and on a CPU for the gradients of a long scan; attention's T x T
+    # matrices would take the memory.
+    slow = device() == "cuda" or case.kind == BACKWARD and case.sizes.get("L", 0) > 4096 or case.sizes.get("zeros")
     if not found or (reference and not slow):
         found.append(Variant("fla_ops reference", _pass(case, functools.partial(call, "reference")), ours=True))
     return found
@@ -506,11 +524,17 @@ def _theirs_scan(case: Case, compiled: bool) -> list[Variant]:
     return [Variant(name, _pass(case, function)) for name, function in found.items()]
 
 
+def _exact_attention(case: Case, compiled: bool) -> list[Variant]:
+    found = {} if compiled else bench_sparse.baselines()
+    return [Variant(name, _pass(case, function)) for name, function in found.items()]
+
+
 _THEIRS = {
     "delta_product": _theirs_delta_product,
     "delta_rule": _theirs_delta_rule,
     "causal_conv1d": _theirs_conv,
     "selective_scan": _theirs_scan,
+    "temporal_sparse_attention": _exact_attention,
 }
 
 
