@@ -18,6 +18,7 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
   m.def(
       "causal_conv1d_step(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) state, bool silu, "
       "Tensor? state_indices) -> Tensor");
+  m.def("decode_attention(Tensor q, Tensor k, Tensor v, Tensor? lengths, float scale) -> Tensor");
   m.def(
       "delta_product_forward(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, int num_householder, float scale, "
       "Tensor? initial_state, Tensor? cu_seqlens, bool qk_l2norm, bool save_states) "

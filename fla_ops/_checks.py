@@ -218,6 +218,28 @@ def no_grad_needed(op: str, *tensors: torch.Tensor | None, time: str = "T") -> N
         )
 
 
+def inference_only(op: str, hint: str, *tensors: torch.Tensor | None) -> None:
+    """For an op that has no backward at all."""
+    if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors):
+        raise RuntimeError(
+            f"{op}: an input requires a gradient, and this op has no backward. Wrap the call in torch.no_grad(). {hint}"
+        )
+
+
+def lengths(op: str, x: torch.Tensor | None, batch: int, most: int, device: torch.device):
+    """Check the number of valid keys of each row and return it on `device` (None stays None)."""
+    if x is None:
+        return None
+    name = "lengths"
+    tensor(op, name, x)
+    if x.dtype not in INDEX_DTYPES:
+        raise bad(TypeError, op, name, "an int32 or int64 tensor", x.dtype)
+    shape(op, name, x, {"B": batch})
+    if _can_read(x) and any(n < 0 or n > most for n in x.tolist()):
+        raise bad(ValueError, op, name, f"in 0..{most} (T)", x.tolist())
+    return x if x.device == device else x.to(device)
+
+
 _described = operator.attrgetter("shape", "dtype", "device", "layout")
 
 

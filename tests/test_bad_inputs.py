@@ -103,6 +103,12 @@ def positional_scan(*extra):
     return lambda backend: fla_ops.selective_scan(*tensors, *extra, backend=backend)
 
 
+def decode(**changed):
+    """The arguments of a right decode attention of two tokens over T keys, some of them replaced."""
+    x = {"q": zeros(B, 2, HV, K), "k": zeros(B, T, H, K), "v": zeros(B, T, H, V)} | changed
+    return lambda backend: fla_ops.exact_decode_attention(**x, backend=backend)
+
+
 def delta_rule(x):
     return lambda backend: fla_ops.delta_rule(**x, backend=backend)
 
@@ -136,6 +142,7 @@ def masked_layer(**changed):
 D, S = "delta_rule: ", "delta_rule_step: "
 P, PS = "delta_product: ", "delta_product_step: "
 C, CS = "causal_conv1d: ", "causal_conv1d_step: "
+A = "exact_decode_attention: "
 M, MS = "selective_scan: ", "selective_scan_step: "
 TABLE = [
     # 1. lengths and sizes that do not match q
@@ -568,6 +575,45 @@ TABLE = [
      MS + r"argument 'state_indices' must be of shape \[B=2\], got \[1\]"),
     ("scan step: delta_softplus is None", scan_step(delta_softplus=None), TypeError,
      MS + r"argument 'delta_softplus' must be True or False, got None"),
+    # Decode attention
+    ("decode: q is 2-D", decode(q=zeros(B, K)), ValueError,
+     A + r"argument 'q' must be of shape \[B, Tq, HQ, D\] or \[B, HQ, D\], got \[2, 8\]"),
+    ("decode: k has another head dimension", decode(k=zeros(B, T, H, 5)), ValueError,
+     A + r"argument 'k' must be of shape \[B=2, T, HK, D=8\], got \[2, 10, 2, 5\]"),
+    ("decode: k is [B, HK, T, D]", decode(k=zeros(3, H, T, K)), ValueError,
+     A + r"argument 'k' must be .*got \[3, 2, 10, 8\]\. It looks like \[B, HK, T, D\]: transpose\(1, 2\)"),
+    ("decode: v is shorter than k", decode(v=zeros(B, 6, H, V)), ValueError,
+     A + r"argument 'v' must be of shape \[B=2, T=10, HK=2, DV\], got \[2, 6, 2, 6\]"),
+    ("decode: v has other heads", decode(v=zeros(B, T, HV, V)), ValueError,
+     A + r"argument 'v' must be of shape .*HK=2, DV\], got \[2, 10, 4, 6\]"),
+    ("decode: DV is 0", decode(v=zeros(B, T, H, 0)), ValueError,
+     A + r"argument 'v' must be of a head dimension >= 1, got 0"),
+    ("decode: heads that do not divide", decode(q=zeros(B, 2, 3, K)), ValueError,
+     A + r"argument 'q' must be of a head count that is a multiple of HK=2, got 3"),
+    ("decode: more queries than keys", decode(q=zeros(B, T + 1, HV, K)), ValueError,
+     A + r"argument 'k' must be of at least Tq=11 keys, got T=10\. .*append"),
+    ("decode: mixed dtypes", decode(v=zeros(B, T, H, V, dtype=torch.bfloat16)), TypeError,
+     A + r"argument 'v' must be torch\.float32 to match 'q', got torch\.bfloat16"),
+    ("decode: q is int", decode(q=zeros(B, 2, HV, K, dtype=torch.int64)), TypeError,
+     A + r"argument 'q' must be one of float32.*got torch\.int64"),
+    ("decode: k is None", decode(k=None), TypeError, A + r"argument 'k' must be a tensor, got NoneType"),
+    ("decode: k on another device", decode(k=zeros(B, T, H, K, device="meta")), ValueError,
+     A + r"all tensors must be on one device, got q: cpu, k: meta"),
+    ("decode: lengths past T", decode(lengths=cu(3, 11)), ValueError,
+     A + r"argument 'lengths' must be in 0\.\.10 \(T\), got \[3, 11\]"),
+    ("decode: negative lengths", decode(lengths=cu(3, -1)), ValueError,
+     A + r"argument 'lengths' must be in 0\.\.10 \(T\), got \[3, -1\]"),
+    ("decode: one length for two rows", decode(lengths=cu(3)), ValueError,
+     A + r"argument 'lengths' must be of shape \[B=2\], got \[1\]"),
+    ("decode: lengths are float", decode(lengths=cu(3, 4, dtype=torch.float32)), TypeError,
+     A + r"argument 'lengths' must be an int32 or int64 tensor, got torch\.float32"),
+    ("decode: lengths is a list", decode(lengths=[3, 4]), TypeError,
+     A + r"argument 'lengths' must be a tensor, got list"),
+    ("decode: scale is a bool", decode(scale=True), TypeError,
+     A + r"argument 'scale' must be a float or None, got True"),
+    ("decode: scale is NaN", decode(scale=math.nan), ValueError, A + r"argument 'scale' must be finite, got nan"),
+    ("decode: a gradient is needed", decode(q=torch.zeros(B, 2, HV, K, requires_grad=True)), RuntimeError,
+     A + r"an input requires a gradient, and this op has no backward\. Wrap the call in torch\.no_grad\(\)"),
     # 13. a mask and a pack at once
     ("layer: attention_mask and cu_seqlens", masked_layer(attention_mask=torch.ones(1, T), cu_seqlens=cu(0, T)),
      ValueError, r"attention_mask.*cu_seqlens"),
@@ -599,6 +645,7 @@ def test_the_right_calls_are_right(backend):
     scan()("auto")
     packed_scan()("auto")
     scan_step()("auto")
+    decode()("reference")
 
 
 @pytest.mark.parametrize("name", ["triton", "native"])
