@@ -16,14 +16,17 @@ from ._checks import check_values
 from ._param_groups import param_groups
 from .causal_conv1d import CausalConv1dOutput, causal_conv1d, causal_conv1d_step
 from .decode_attention import exact_decode_attention
+from .delta_kv_cache import DeltaKVCache, DenseKV
 from .delta_product import DeltaProductOutput, delta_product, delta_product_step
 from .delta_rule import DeltaRuleOutput, delta_rule, delta_rule_step
 from .selective_scan import SelectiveScanOutput, selective_scan, selective_scan_step
 
 __all__ = [
     "CausalConv1dOutput",
+    "DeltaKVCache",
     "DeltaProductOutput",
     "DeltaRuleOutput",
+    "DenseKV",
     "FallbackWarning",
     "SelectiveScanOutput",
     "__version__",

@@ -17,7 +17,7 @@ from types import ModuleType
 
 import torch
 
-OPS = ("causal_conv1d", "decode_attention", "delta_product", "delta_rule", "selective_scan")
+OPS = ("causal_conv1d", "decode_attention", "delta_kv_cache", "delta_product", "delta_rule", "selective_scan")
 NAMES = ("triton", "native", "reference")
 ENVIRONMENT = "FLA_OPS_BACKEND"
 
