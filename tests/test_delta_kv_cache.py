@@ -148,6 +148,15 @@ def test_head_dimensions(backend, every_way, D):
             check(tokens, [140, 1, 9], backend=backend, window=8, sink=1)
 
 
+@pytest.mark.parametrize(("HQ", "HK"), [(1, 1), (2, 1), (3, 1), (4, 1), (8, 2), (5, 1)])
+def test_heads(backend, every_way, HQ, HK):
+    """One, two and four rows a tile and more; one token's four are multiplied as their keys are unpacked."""
+    for D, sink in ((64, 0), (128, 70), (96, 0)):
+        tokens = random_tokens(1, 330, HQ, HK, D, 64, dtype=torch.bfloat16)
+        for _ in every_way():
+            check(tokens, [320, 1, 8, 1], backend=backend, window=8, sink=sink)
+
+
 @pytest.mark.parametrize("window", [1, 63, 64, 65, 1000, 0.1, 1.0])
 def test_windows(backend, window):
     tokens = random_tokens(1, 200, 2, 1, 16)
