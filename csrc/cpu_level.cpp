@@ -31,7 +31,24 @@ int detect() {
 #endif
 }
 
+bool detect_extensions() {
+#if FLA_OPS_X86
+  uint32_t a, b, c, d, most;
+  if (best_cpu_level() < kAvx512 || !__get_cpuid_count(7, 0, &most, &b, &c, &d) || most < 1) return false;
+  const bool vbmi2 = c & (1u << 6);
+  return vbmi2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5));
+#else
+  return false;
+#endif
+}
+
+bool has_extensions() {
+  static const bool found = detect_extensions();
+  return found;
+}
+
 std::atomic<int> current{-1};
+std::atomic<bool> extensions{true};
 
 }  // namespace
 
@@ -48,6 +65,14 @@ int cpu_level() {
 bool set_cpu_level(int level) {
   if (level < kPortable || level > best_cpu_level()) return false;
   current.store(level, std::memory_order_relaxed);
+  return true;
+}
+
+bool avx512_extensions() { return extensions.load(std::memory_order_relaxed) && has_extensions(); }
+
+bool set_avx512_extensions(bool used) {
+  if (used && !has_extensions()) return false;
+  extensions.store(used, std::memory_order_relaxed);
   return true;
 }
 

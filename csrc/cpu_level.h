@@ -20,4 +20,9 @@ int cpu_level();
 // Returns false, changing nothing, if the machine lacks the level.
 bool set_cpu_level(int level);
 
+// Whether the kernels of kAvx512 may use AVX512_BF16 and AVX512_VBMI2, which came later than the rest.
+bool avx512_extensions();
+// Returns false, changing nothing, if they are to be used and this machine lacks one.
+bool set_avx512_extensions(bool used);
+
 }  // namespace fla_ops

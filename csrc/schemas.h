@@ -18,6 +18,18 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
   m.def(
       "causal_conv1d_step(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) state, bool silu, "
       "Tensor? state_indices) -> Tensor");
+  m.def("decode_attention(Tensor q, Tensor k, Tensor v, Tensor? lengths, float scale) -> Tensor");
+  // state: [B, 3], where the recent keys start, how many keys are sealed, how many there are. A record's place is where
+  // it starts and its bytes. See delta_kv_cache_cpu.h.
+  m.def(
+      "delta_kv_cache_seal(Tensor recent, Tensor state, int[] blocks, Tensor threshold, Tensor(a!) hold) "
+      "-> (Tensor records, Tensor places)");
+  m.def(
+      "delta_kv_cache_attend(Tensor q, Tensor records, Tensor places, Tensor recent, Tensor values, Tensor sinks, "
+      "Tensor hold, Tensor threshold, Tensor state, Tensor positions, int window, bool blocks, float scale) -> Tensor");
+  m.def(
+      "delta_kv_cache_held(Tensor records, Tensor places, Tensor recent, Tensor hold, Tensor threshold, Tensor state) "
+      "-> Tensor");
   m.def(
       "delta_product_forward(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, int num_householder, float scale, "
       "Tensor? initial_state, Tensor? cu_seqlens, bool qk_l2norm, bool save_states) "

@@ -15,6 +15,8 @@ from ._backend import FallbackWarning, backends, use_backend
 from ._checks import check_values
 from ._param_groups import param_groups
 from .causal_conv1d import CausalConv1dOutput, causal_conv1d, causal_conv1d_step
+from .decode_attention import exact_decode_attention
+from .delta_kv_cache import DeltaKVCache, DenseKV
 from .delta_product import DeltaProductOutput, delta_product, delta_product_step
 from .delta_rule import DeltaRuleOutput, delta_rule, delta_rule_step
 from .selective_scan import SelectiveScanOutput, selective_scan, selective_scan_step
@@ -26,8 +28,10 @@ from .temporal_sparse_attention import (
 
 __all__ = [
     "CausalConv1dOutput",
+    "DeltaKVCache",
     "DeltaProductOutput",
     "DeltaRuleOutput",
+    "DenseKV",
     "FallbackWarning",
     "SelectiveScanOutput",
     "TemporalSparseAttentionOutput",
@@ -41,6 +45,7 @@ __all__ = [
     "delta_product_step",
     "delta_rule",
     "delta_rule_step",
+    "exact_decode_attention",
     "layers",
     "param_groups",
     "selective_scan",

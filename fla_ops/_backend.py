@@ -17,7 +17,15 @@ from types import ModuleType
 
 import torch
 
-OPS = ("causal_conv1d", "delta_product", "delta_rule", "selective_scan", "temporal_sparse_attention")
+OPS = (
+    "causal_conv1d",
+    "decode_attention",
+    "delta_kv_cache",
+    "delta_product",
+    "delta_rule",
+    "selective_scan",
+    "temporal_sparse_attention",
+)
 NAMES = ("triton", "native", "reference")
 ENVIRONMENT = "FLA_OPS_BACKEND"
 

@@ -109,6 +109,42 @@ def scale_or_default(op: str, scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
+def count(op: str, name: str, x: object, least: int, most: int | None = None) -> int:
+    if isinstance(x, bool) or not isinstance(x, int):
+        raise bad(TypeError, op, name, "an int", repr(x))
+    if x < least or (most is not None and x > most):
+        raise bad(ValueError, op, name, f"at least {least}" if most is None else f"in {least}..{most}", x)
+    return x
+
+
+def threshold(op: str, x: float | torch.Tensor) -> float | torch.Tensor:
+    """A key channel's least change, not negative; a tensor's shape is checked where the heads are known."""
+    name, want = "threshold", "a float or a float tensor"
+    if isinstance(x, torch.Tensor):
+        if not x.dtype.is_floating_point:
+            raise bad(TypeError, op, name, want, x.dtype)
+        if _can_read(x) and not bool((x >= 0).all()):
+            raise bad(ValueError, op, name, "free of negative values and NaN", f"a minimum of {x.min().item()}")
+        return x
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        raise bad(TypeError, op, name, want, repr(x))
+    if not x >= 0:
+        raise bad(ValueError, op, name, "at least 0", x)
+    return float(x)
+
+
+def window(op: str, x: int | float) -> int | float:
+    """Tokens, or a part of the sequence."""
+    name = "window"
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        raise bad(TypeError, op, name, "an int or a float in (0, 1]", repr(x))
+    if isinstance(x, int) and x < 1:
+        raise bad(ValueError, op, name, "at least 1 token", x)
+    if isinstance(x, float) and not 0 < x <= 1:
+        raise bad(ValueError, op, name, "an int, or a float in (0, 1]", x)
+    return x
+
+
 def _can_read(x: torch.Tensor) -> bool:
     """Whether looking at values is allowed: never while tracing, on a device only if asked for."""
     if torch.compiler.is_compiling():
@@ -225,6 +261,28 @@ def no_grad_needed(op: str, *tensors: torch.Tensor | None, time: str = "T") -> N
             f"{op}: an input requires a gradient, and a step has no backward. Wrap the call in torch.no_grad(), or "
             f"call {full} with {time}=1, which is differentiable."
         )
+
+
+def inference_only(op: str, hint: str, *tensors: torch.Tensor | None) -> None:
+    """For an op that has no backward at all."""
+    if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors):
+        raise RuntimeError(
+            f"{op}: an input requires a gradient, and this op has no backward. Wrap the call in torch.no_grad(). {hint}"
+        )
+
+
+def lengths(op: str, x: torch.Tensor | None, batch: int, most: int, device: torch.device):
+    """Check the number of valid keys of each row and return it on `device` (None stays None)."""
+    if x is None:
+        return None
+    name = "lengths"
+    tensor(op, name, x)
+    if x.dtype not in INDEX_DTYPES:
+        raise bad(TypeError, op, name, "an int32 or int64 tensor", x.dtype)
+    shape(op, name, x, {"B": batch})
+    if _can_read(x) and any(n < 0 or n > most for n in x.tolist()):
+        raise bad(ValueError, op, name, f"in 0..{most} (T)", x.tolist())
+    return x if x.device == device else x.to(device)
 
 
 _described = operator.attrgetter("shape", "dtype", "device", "layout")

@@ -112,7 +112,7 @@ def temporal_sparse_attention(
     if cu_seqlens is not None and Tq != T:
         raise _checks.bad(ValueError, op, "q", f"of T={T} tokens with cu_seqlens", Tq)
     window = _window_in_tokens(op, window, T, cu_seqlens)
-    _check_count(op, "sink", sink, 0)
+    _checks.count(op, "sink", sink, 0)
     if window_mode not in ("band", "block"):
         raise _checks.bad(ValueError, op, "window_mode", '"band" or "block"', repr(window_mode))
     threshold, all_zero = _resolve_threshold(op, threshold, q, HK)
@@ -150,17 +150,9 @@ def _check_tensors(op, q, k, v) -> None:
         raise _checks.bad(ValueError, op, "q", f"of at most T={T} tokens, as k has", f"Tq={Tq}", hint)
 
 
-def _check_count(op, name, x, least: int) -> None:
-    if isinstance(x, bool) or not isinstance(x, int):
-        raise _checks.bad(TypeError, op, name, "an int", repr(x))
-    if x < least:
-        raise _checks.bad(ValueError, op, name, f"at least {least}", x)
-
-
 def _window_in_tokens(op, window, length: int, cu_seqlens) -> int:
     if not isinstance(window, float):
-        _check_count(op, "window", window, 1)
-        return window
+        return _checks.count(op, "window", window, 1)
     if not 0 < window <= 1:
         hint = "A float is a share of T; give an int for tokens."
         raise _checks.bad(ValueError, op, "window", "an int >= 1 or a float in (0, 1]", window, hint)

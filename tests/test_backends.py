@@ -246,6 +246,10 @@ SIGNATURES = {
         f"(q: {T}, k: {T}, v: {T}, beta: {T}, g: {T} | None = None, *, state: {T}, scale: float | None = None, "
         f"qk_l2norm: bool = False, state_indices: {T} | None = None, backend: str = 'auto') -> {T}"
     ),
+    "exact_decode_attention": (
+        f"(q: {T}, k: {T}, v: {T}, *, lengths: {T} | None = None, scale: float | None = None, "
+        f"backend: str = 'auto') -> {T}"
+    ),
     "selective_scan": (
         f"(u: {T}, delta: {T}, A: {T}, B: {T}, C: {T}, D: {T} | None = None, *, z: {T} | None = None, "
         f"delta_bias: {T} | None = None, delta_softplus: bool = False, initial_state: {T} | None = None, "
@@ -267,6 +271,11 @@ SIGNATURES = {
     "check_values": "(on: bool) -> None",
     "param_groups": "(model: torch.nn.modules.module.Module, weight_decay: float) -> list[dict]",
     "use_backend": "(name: str)",
+    "DeltaKVCache": (
+        f"(*, threshold: float | {T}, window: int | float, sink: int = 0, window_mode: str = 'band', "
+        "max_len: int | None = None, backend: str = 'auto')"
+    ),
+    "DenseKV": f"(k: {T}, v: {T})",
     "CausalConv1dOutput": f"(y: {T}, final_state: {T} | None)",
     "DeltaProductOutput": f"(o: {T}, final_state: {T} | None)",
     "DeltaRuleOutput": f"(o: {T}, final_state: {T} | None)",
@@ -276,10 +285,30 @@ SIGNATURES = {
 }
 
 
+# What an op is called where not as its files.
+OP_NAMES = {"decode_attention": "exact_decode_attention", "delta_kv_cache": "DeltaKVCache"}
+
+
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_signature(name):
     found = str(inspect.signature(getattr(fla_ops, name))).replace("Optional[torch.Tensor]", f"{T} | None")
     assert found == SIGNATURES[name]
+
+
+@pytest.mark.parametrize(
+    ("method", "signature"),
+    [
+        ("append", f"(self, k: {T}, v: {T}, *, mask: {T} | None = None, queries: int | None = None) -> None"),
+        ("attend", f"(self, q: {T}, *, scale: float | None = None) -> {T}"),
+        ("crop", "(self, length: int) -> None"),
+        ("reorder", f"(self, indices: {T}) -> None"),
+        ("reset", "(self) -> None"),
+        ("to_dense", "(self) -> fla_ops.delta_kv_cache.DenseKV"),
+    ],
+)
+def test_signature_of_the_cache(method, signature):
+    found = str(inspect.signature(getattr(fla_ops.DeltaKVCache, method)))
+    assert found.replace("Optional[torch.Tensor]", f"{T} | None") == signature
 
 
 def test_every_public_name_is_pinned():
@@ -294,8 +323,9 @@ def test_all_is_complete_and_documented():
     for name in fla_ops.__all__:
         assert name == "__version__" or inspect.getdoc(getattr(fla_ops, name)), f"{name} has no docstring"
     for op in _backend.OPS:
-        doc = getattr(fla_ops, op).__doc__
-        assert all(heading in doc for heading in ("Args:", "Returns:", "Raises:", "arXiv")), op
+        doc = getattr(fla_ops, OP_NAMES.get(op, op)).__doc__
+        returns = () if op == "delta_kv_cache" else ("Returns:",)  # a class
+        assert all(heading in doc for heading in ("Args:", *returns, "Raises:", "arXiv")), op
 
 
 def test_the_version_has_one_source():

@@ -14,6 +14,7 @@ import torch
 from delta_rule_cases import bounds, call, check, random_inputs
 
 import fla_ops
+import fla_ops._native
 import fla_ops.layers
 
 B, T, H, HV, K, V = 2, 10, 2, 4, 8, 6
@@ -121,6 +122,52 @@ def positional_scan(*extra):
     return lambda backend: fla_ops.selective_scan(*tensors, *extra, backend=backend)
 
 
+def decode(**changed):
+    """The arguments of a right decode attention of two tokens over T keys, some of them replaced."""
+    x = {"q": zeros(B, 2, HV, K), "k": zeros(B, T, H, K), "v": zeros(B, T, H, V)} | changed
+    return lambda backend: fla_ops.exact_decode_attention(**x, backend=backend)
+
+
+def cache(**changed):
+    """A DeltaKVCache with right arguments, some of them replaced, and T tokens appended.
+
+    It has no Triton and no CUDA kernels yet: there the reference takes its right calls.
+    """
+    x = {"threshold": 0.3, "window": 4} | changed
+
+    def make(backend):
+        native = backend in ("native", "auto") and hasattr(fla_ops._native.ops, "delta_kv_cache_attend")
+        made = fla_ops.DeltaKVCache(**x, backend=backend if native else "reference")
+        made.append(zeros(B, T, H, K), zeros(B, T, H, V))
+        return made
+
+    return make
+
+
+def append(**changed):
+    """A second append to it, some of its arguments replaced."""
+    x = {"k": zeros(B, 2, H, K), "v": zeros(B, 2, H, V)} | changed
+    return lambda backend: cache(max_len=20)(backend).append(**x)
+
+
+def first_append(**changed):
+    x = {"k": zeros(B, 2, H, K), "v": zeros(B, 2, H, V)} | changed
+    return lambda backend: fla_ops.DeltaKVCache(threshold=0.3, window=4, backend=backend).append(**x)
+
+
+def attend(**changed):
+    x = {"q": zeros(B, 2, HV, K)} | changed
+    return lambda backend: cache()(backend).attend(**x)
+
+
+def on_cache(method, *args):
+    return lambda backend: getattr(cache()(backend), method)(*args)
+
+
+def on_empty_cache(method, *args):
+    return lambda backend: getattr(fla_ops.DeltaKVCache(threshold=0.3, window=4, backend=backend), method)(*args)
+
+
 def delta_rule(x):
     return lambda backend: fla_ops.delta_rule(**x, backend=backend)
 
@@ -154,6 +201,8 @@ def masked_layer(**changed):
 D, S = "delta_rule: ", "delta_rule_step: "
 P, PS = "delta_product: ", "delta_product_step: "
 C, CS = "causal_conv1d: ", "causal_conv1d_step: "
+E = "exact_decode_attention: "
+K_ = "DeltaKVCache"
 M, MS = "selective_scan: ", "selective_scan_step: "
 A = "temporal_sparse_attention: "
 TABLE = [
@@ -657,6 +706,124 @@ TABLE = [
      A + r"argument 'cu_seqlens' must be given with B=1 only, got B=2"),
     ("sparse: positional options", positional_sparse, TypeError, r"takes 3 positional arguments"),
     ("sparse: unknown keyword", sparse(thresold=0.1), TypeError, "unexpected keyword argument 'thresold'"),
+    # 26. decode attention
+    ("decode: q is 2-D", decode(q=zeros(B, K)), ValueError,
+     E + r"argument 'q' must be of shape \[B, Tq, HQ, D\] or \[B, HQ, D\], got \[2, 8\]"),
+    ("decode: k has another head dimension", decode(k=zeros(B, T, H, 5)), ValueError,
+     E + r"argument 'k' must be of shape \[B=2, T, HK, D=8\], got \[2, 10, 2, 5\]"),
+    ("decode: k is [B, HK, T, D]", decode(k=zeros(3, H, T, K)), ValueError,
+     E + r"argument 'k' must be .*got \[3, 2, 10, 8\]\. It looks like \[B, HK, T, D\]: transpose\(1, 2\)"),
+    ("decode: v is shorter than k", decode(v=zeros(B, 6, H, V)), ValueError,
+     E + r"argument 'v' must be of shape \[B=2, T=10, HK=2, DV\], got \[2, 6, 2, 6\]"),
+    ("decode: v has other heads", decode(v=zeros(B, T, HV, V)), ValueError,
+     E + r"argument 'v' must be of shape .*HK=2, DV\], got \[2, 10, 4, 6\]"),
+    ("decode: DV is 0", decode(v=zeros(B, T, H, 0)), ValueError,
+     E + r"argument 'v' must be of a head dimension >= 1, got 0"),
+    ("decode: heads that do not divide", decode(q=zeros(B, 2, 3, K)), ValueError,
+     E + r"argument 'q' must be of a head count that is a multiple of HK=2, got 3"),
+    ("decode: more queries than keys", decode(q=zeros(B, T + 1, HV, K)), ValueError,
+     E + r"argument 'k' must be of at least Tq=11 keys, got T=10\. .*append"),
+    ("decode: mixed dtypes", decode(v=zeros(B, T, H, V, dtype=torch.bfloat16)), TypeError,
+     E + r"argument 'v' must be torch\.float32 to match 'q', got torch\.bfloat16"),
+    ("decode: q is int", decode(q=zeros(B, 2, HV, K, dtype=torch.int64)), TypeError,
+     E + r"argument 'q' must be one of float32.*got torch\.int64"),
+    ("decode: k is None", decode(k=None), TypeError, E + r"argument 'k' must be a tensor, got NoneType"),
+    ("decode: k on another device", decode(k=zeros(B, T, H, K, device="meta")), ValueError,
+     E + r"all tensors must be on one device, got q: cpu, k: meta"),
+    ("decode: lengths past T", decode(lengths=cu(3, 11)), ValueError,
+     E + r"argument 'lengths' must be in 0\.\.10 \(T\), got \[3, 11\]"),
+    ("decode: negative lengths", decode(lengths=cu(3, -1)), ValueError,
+     E + r"argument 'lengths' must be in 0\.\.10 \(T\), got \[3, -1\]"),
+    ("decode: one length for two rows", decode(lengths=cu(3)), ValueError,
+     E + r"argument 'lengths' must be of shape \[B=2\], got \[1\]"),
+    ("decode: lengths are float", decode(lengths=cu(3, 4, dtype=torch.float32)), TypeError,
+     E + r"argument 'lengths' must be an int32 or int64 tensor, got torch\.float32"),
+    ("decode: lengths is a list", decode(lengths=[3, 4]), TypeError,
+     E + r"argument 'lengths' must be a tensor, got list"),
+    ("decode: scale is a bool", decode(scale=True), TypeError,
+     E + r"argument 'scale' must be a float or None, got True"),
+    ("decode: scale is NaN", decode(scale=math.nan), ValueError, E + r"argument 'scale' must be finite, got nan"),
+    ("decode: a gradient is needed", decode(q=torch.zeros(B, 2, HV, K, requires_grad=True)), RuntimeError,
+     E + r"an input requires a gradient, and this op has no backward\. Wrap the call in torch\.no_grad\(\)"),
+    # 27. DeltaLLM's cache
+    ("cache: a negative threshold", cache(threshold=-0.1), ValueError,
+     K_ + r": argument 'threshold' must be at least 0, got -0\.1"),
+    ("cache: the threshold is NaN", cache(threshold=math.nan), ValueError,
+     K_ + r": argument 'threshold' must be at least 0, got nan"),
+    ("cache: a NaN in the threshold", cache(threshold=torch.tensor([0.1, math.nan])), ValueError,
+     K_ + r": argument 'threshold' must be free of negative values and NaN"),
+    ("cache: a negative value in the threshold", cache(threshold=torch.tensor([0.1, -1.0])), ValueError,
+     K_ + r": argument 'threshold' must be free of negative values and NaN, got a minimum of -1\.0"),
+    ("cache: the threshold is int", cache(threshold=torch.tensor([1])), TypeError,
+     K_ + r": argument 'threshold' must be a float or a float tensor, got torch\.int64"),
+    ("cache: the threshold is a string", cache(threshold="0.1"), TypeError,
+     K_ + r": argument 'threshold' must be a float or a float tensor, got '0\.1'"),
+    ("cache: the threshold does not broadcast", cache(threshold=torch.ones(3, K)), ValueError,
+     K_ + r": argument 'threshold' must be a number or broadcast to \[HK=2, D=8\], got \[3, 8\]"),
+    ("cache: the threshold has a batch", cache(threshold=torch.ones(1, H, K)), ValueError,
+     K_ + r": argument 'threshold' must be a number or broadcast to \[HK=2, D=8\], got \[1, 2, 8\]"),
+    ("cache: window 0", cache(window=0), ValueError, K_ + r": argument 'window' must be at least 1 token, got 0"),
+    ("cache: window 1.5", cache(window=1.5), ValueError,
+     K_ + r": argument 'window' must be an int, or a float in \(0, 1\], got 1\.5"),
+    ("cache: window 0.0", cache(window=0.0), ValueError,
+     K_ + r": argument 'window' must be an int, or a float in \(0, 1\], got 0\.0"),
+    ("cache: window None", cache(window=None), TypeError,
+     K_ + r": argument 'window' must be an int or a float in \(0, 1\], got None"),
+    ("cache: window True", cache(window=True), TypeError, K_ + r": argument 'window' must be an int or .*got True"),
+    ("cache: a negative sink", cache(sink=-1), ValueError, K_ + r": argument 'sink' must be at least 0, got -1"),
+    ("cache: sink is a float", cache(sink=1.0), TypeError, K_ + r": argument 'sink' must be an int, got 1\.0"),
+    ("cache: an unknown window_mode", cache(window_mode="diagonal"), ValueError,
+     K_ + r": argument 'window_mode' must be \"band\" or \"block\", got 'diagonal'"),
+    ("cache: max_len 0", cache(max_len=0), ValueError, K_ + r": argument 'max_len' must be at least 1, got 0"),
+    ("append: past max_len", append(k=zeros(B, 11, H, K), v=zeros(B, 11, H, V)), ValueError,
+     K_ + r"\.append: argument 'k' must be of no more tokens than max_len=20 allows, got 11\. A row would hold 21"),
+    ("append: another dtype", append(k=zeros(B, 2, H, K).half(), v=zeros(B, 2, H, V).half()), TypeError,
+     K_ + r"\.append: argument 'k' must be torch\.float32 as the first append, got torch\.float16"),
+    ("append: mixed dtypes", append(v=zeros(B, 2, H, V).half()), TypeError,
+     K_ + r"\.append: argument 'v' must be torch\.float32 to match 'k', got torch\.float16"),
+    ("append: another batch", append(k=zeros(3, 2, H, K), v=zeros(3, 2, H, V)), ValueError,
+     K_ + r"\.append: argument 'k' must be of shape \[B=2, T, HK=2, D=8\], got \[3, 2, 2, 8\]"),
+    ("append: other value dimensions", append(v=zeros(B, 2, H, 5)), ValueError,
+     K_ + r"\.append: argument 'v' must be of shape \[B=2, T=2, HK=2, DV=6\], got \[2, 2, 2, 5\]"),
+    ("append: fewer values than keys", append(v=zeros(B, 1, H, V)), ValueError,
+     K_ + r"\.append: argument 'v' must be of shape \[B=2, T=2, HK=2, DV=6\], got \[2, 1, 2, 6\]"),
+    ("append: k is 2-D", first_append(k=zeros(B, K)), ValueError,
+     K_ + r"\.append: argument 'k' must be of shape \[B, T, HK, D\] or \[B, HK, D\], got \[2, 8\]"),
+    ("append: k is None", first_append(k=None), TypeError, K_ + r"\.append: argument 'k' must be a tensor"),
+    ("append: D is 0", first_append(k=zeros(B, 2, H, 0)), ValueError,
+     K_ + r"\.append: argument 'k' must be of a head count and dimension >= 1, got \[2, 2, 2, 0\]"),
+    ("append: a float mask", append(mask=torch.ones(B, 2)), TypeError,
+     K_ + r"\.append: argument 'mask' must be of bool or an integer dtype, got torch\.float32"),
+    ("append: a mask of another length", append(mask=torch.ones(B, 3, dtype=torch.bool)), ValueError,
+     K_ + r"\.append: argument 'mask' must be of shape \[B=2, T=2\], got \[2, 3\]"),
+    ("append: more queries than tokens", append(queries=3), ValueError,
+     K_ + r"\.append: argument 'queries' must be in 0\.\.2, got 3"),
+    ("append: a gradient is needed", append(k=torch.zeros(B, 2, H, K, requires_grad=True)), RuntimeError,
+     K_ + r"\.append: an input requires a gradient"),
+    ("attend: nothing was appended", on_empty_cache("attend", zeros(B, HV, K)), RuntimeError,
+     K_ + r"\.attend: there are no new tokens\. Append"),
+    ("attend: more queries than tokens", attend(q=zeros(B, T + 1, HV, K)), ValueError,
+     K_ + r"\.attend: argument 'q' must be of at most 10 tokens, got 11\. .*last append"),
+    ("attend: another batch", attend(q=zeros(3, 2, HV, K)), ValueError,
+     K_ + r"\.attend: argument 'q' must be of shape \[B=2, Tq, HQ, D=8\], got \[3, 2, 4, 8\]"),
+    ("attend: heads that do not divide", attend(q=zeros(B, 2, 3, K)), ValueError,
+     K_ + r"\.attend: argument 'q' must be of a head count that is a multiple of HK=2, got 3"),
+    ("attend: another dtype", attend(q=zeros(B, 2, HV, K).double()), TypeError,
+     K_ + r"\.attend: argument 'q' must be torch\.float32 as the first append, got torch\.float64"),
+    ("attend: q is 2-D", attend(q=zeros(B, K)), ValueError,
+     K_ + r"\.attend: argument 'q' must be of shape \[B, Tq, HQ, D\] or \[B, HQ, D\], got \[2, 8\]"),
+    ("attend: q is None", attend(q=None), TypeError, K_ + r"\.attend: argument 'q' must be a tensor, got NoneType"),
+    ("attend: scale is inf", attend(scale=math.inf), ValueError,
+     K_ + r"\.attend: argument 'scale' must be finite, got inf"),
+    ("to_dense: nothing was appended", on_empty_cache("to_dense"), RuntimeError,
+     K_ + r"\.to_dense: the cache is empty"),
+    ("crop: past the end", on_cache("crop", T + 1), ValueError,
+     K_ + r"\.crop: argument 'length' must be in -10\.\.10, got 11"),
+    ("crop: a float", on_cache("crop", 3.0), TypeError, K_ + r"\.crop: argument 'length' must be an int, got 3\.0"),
+    ("reorder: a row that is not there", on_cache("reorder", cu(0, 2)), ValueError,
+     K_ + r"\.reorder: argument 'indices' must be in 0\.\.1, got \[0, 2\]"),
+    ("reorder: float indices", on_cache("reorder", torch.zeros(2)), TypeError,
+     K_ + r"\.reorder: argument 'indices' must be an int32 or int64 tensor, got torch\.float32"),
     # 13. a mask and a pack at once
     ("layer: attention_mask and cu_seqlens", masked_layer(attention_mask=torch.ones(1, T), cu_seqlens=cu(0, T)),
      ValueError, r"attention_mask.*cu_seqlens"),
@@ -690,6 +857,9 @@ def test_the_right_calls_are_right(backend):
     scan_step()("auto")
     sparse()("reference")
     packed_sparse()("reference")
+    decode()("reference")
+    append()("reference")
+    attend()("reference")
 
 
 @pytest.mark.parametrize("name", ["triton", "native"])

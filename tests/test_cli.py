@@ -236,5 +236,6 @@ def test_bench_suite_collects_every_family():
     env = os.environ | {"PYTHONSAFEPATH": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    for op in fla_ops.backends():
+    inference = {"decode_attention", "delta_kv_cache"}  # temporal_sparse_attention's benchmark times them
+    for op in fla_ops.backends().keys() - inference:
         assert f"bench_{op}" in done.stdout

@@ -41,3 +41,14 @@ def use(name: str) -> Iterator[None]:
         yield
     finally:
         torch.ops.fla_ops._set_cpu_level(before)
+
+
+@contextlib.contextmanager
+def without_extensions() -> Iterator[None]:
+    """Run the AVX-512 kernels as on a processor without AVX512_BF16 and AVX512_VBMI2."""
+    before = torch.ops.fla_ops._avx512_extensions()
+    torch.ops.fla_ops._set_avx512_extensions(False)
+    try:
+        yield
+    finally:
+        torch.ops.fla_ops._set_avx512_extensions(before)

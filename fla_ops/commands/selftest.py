@@ -152,6 +152,41 @@ def _check(op: str, case: Case, backend: str, dtype: torch.dtype, device: str) -
     assert_matches_reference(state, ref64["final_state"], low, f"{op}_step state", seed=0)
 
 
+def _check_decode_attention(backend: str, dtype: torch.dtype, device: str) -> None:
+    """An op for inference: an append of three tokens and a step, over rows of two lengths."""
+    reference = importlib.import_module("fla_ops.reference.decode_attention").decode_attention
+    q, k, v = (torch.randn(2, T, H, 36).to(device, dtype) for T, H in ((3, 6), (1100, 2), (1100, 2)))
+    options = {"lengths": torch.tensor([1100, 70], device=device), "scale": 0.2}
+    ref64 = reference(q.double(), k.double(), v.double(), **options)
+    ref_low = reference(q, k, v, **options, operand_dtype=None if dtype == torch.float64 else dtype)
+    o = fla_ops.exact_decode_attention(q, k, v, **options, backend=backend)
+    assert_matches_reference(o, ref64, ref_low, "exact_decode_attention", seed=0)
+    step = fla_ops.exact_decode_attention(q[:, -1], k, v, **options, backend=backend)
+    assert_matches_reference(step, ref64[:, -1], ref_low[:, -1], "exact_decode_attention, one token", seed=0)
+
+
+def _check_delta_kv_cache(backend: str, dtype: torch.dtype, device: str) -> None:
+    """A prefill, an append of many tokens and one of one, against the definition for all tokens at once."""
+    definition = importlib.import_module("fla_ops.reference.delta_kv_cache")
+    q, k, v = (torch.randn(1, 300, H, 36).to(device, dtype) for H in (4, 2, 2))
+    cache = fla_ops.DeltaKVCache(threshold=0.8, window=30, sink=2, backend=backend)
+    outputs = []
+    for part in (slice(0, 200), slice(200, 299), slice(299, 300)):
+        cache.append(k[:, part], v[:, part])
+        outputs.append(cache.attend(q[:, part], scale=0.2))
+    positions = torch.arange(300, device=device)[None]
+    options = {"window": 30, "sink": 2, "window_mode": "band", "scale": 0.2}
+    x = (q, k, definition.hold(k, torch.tensor(0.8, device=device)), v)
+    ref64 = definition.attention(*(t.double() for t in x), positions, **options)
+    low = None if dtype == torch.float64 else dtype
+    ref_low = definition.attention(*x, positions, **options, operand_dtype=low)
+    assert_matches_reference(torch.cat(outputs, 1), ref64, ref_low, "DeltaKVCache", seed=0)
+
+
+# What has no gradients.
+INFERENCE = {"decode_attention": _check_decode_attention, "delta_kv_cache": _check_delta_kv_cache}
+
+
 def _places(op: str) -> list[tuple[str, str, str | None]]:
     """(backend, device, CPU level to force) of everything that can run here."""
     places = []
@@ -167,7 +202,10 @@ def run(args: argparse.Namespace) -> int:
     start, failed, total = time.perf_counter(), 0, 0
     for op in OPS:
         torch.manual_seed(0)
-        case = CASES[op]()
+        case = CASES[op]() if op in CASES else None
+        checked = "output"
+        if case:
+            checked += ", final state, gradients, step" if case.step else ", gradients"
         for backend, device, level in _places(op):
             where = f"{backend} ({level})" if level else f"{backend} ({device})"
             for dtype in DTYPES:
@@ -175,13 +213,15 @@ def run(args: argparse.Namespace) -> int:
                 line = f"{op:<26} {where:<18} {str(dtype).removeprefix('torch.'):<9}"
                 try:
                     with levels.use(level) if level else contextlib.nullcontext():
-                        _check(op, case, backend, dtype, device)
+                        if case:
+                            _check(op, case, backend, dtype, device)
+                        else:
+                            INFERENCE[op](backend, dtype, device)
                 except Exception as error:  # any failure is this line's result; the other lines still run
                     failed += 1
                     print(f"FAIL {line} {type(error).__name__}: {error}", flush=True)
                 else:
                     seconds = time.perf_counter() - began
-                    checked = "output, final state, gradients, step" if case.step else "output, gradients"
                     print(f"ok   {line} {checked:<36}  {seconds:5.2f} s", flush=True)
     took = time.perf_counter() - start
     print(f"{total - failed} of {total} checks passed in {took:.0f} s.", file=sys.stderr if failed else sys.stdout)
