@@ -168,11 +168,11 @@ def temporal_sparse_attention_config(kind: str, D: int, dtype: torch.dtype, arch
         return LaunchConfig(BT=16, BK=16, num_warps=4, num_stages=1)
     stages = 2 if _roomy(arch) else 1
     if D > 128:  # wider sums: fewer rows, more threads
-        BT, BK = {"forward": (32, 32), "queries": (16, 32), "keys": (32, 32 if _roomy(arch) else 16)}[kind]
+        BT, BK = {"forward": (32, 32), "queries": (16, 32), "keys": (16, 32 if _roomy(arch) else 16)}[kind]
         return LaunchConfig(BT=BT, BK=BK, num_warps=8, num_stages=stages)
     if kind == "forward":
         BT = 128 if _roomy(arch) else 64
         return LaunchConfig(BT=BT, BK=64, num_warps=BT // 16, num_stages=stages)
-    return LaunchConfig(
-        BT=32 if D > 64 else 64, BK=32 if D > 64 else 64, num_warps=8 if D > 64 else 4, num_stages=stages
-    )
+    if kind == "keys" or D > 64:
+        return LaunchConfig(BT=32, BK=32, num_warps=8 if D > 64 else 4, num_stages=stages)
+    return LaunchConfig(BT=64, BK=64, num_warps=4, num_stages=stages)
