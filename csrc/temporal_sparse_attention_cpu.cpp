@@ -108,18 +108,17 @@ struct Problem {
   std::vector<Segment> segments;
   std::vector<Tensor> packed;
   void reserve(const Tensor& q, bool keep_rows) {
-    // Room for a whole held row, and as many changes as there are channels, of every key; what is not used costs little.
-    const int64_t keys = B * c.HK * c.T, width = c.holds ? c.D + 1 : c.D, slack = 64;
+    const int64_t keys = B * c.HK * c.T, width = c.holds ? c.held_pitch() : c.D;
     const auto take = [&](int64_t count, ScalarType type) {
       packed.push_back(torch::stable::new_empty(q, {count}, type));
       return static_cast<char*>(packed.back().data_ptr());
     };
-    c.packed = take(keys * width + slack, accumulator(q));
+    c.packed = take(keys * width, accumulator(q));
     c.values = take(keys * c.value_pitch(), accumulator(q));
     segments.resize(c.holds ? c.HK * c.segments_total : 0);
     c.segments = segments.data();
     if (!c.holds) return;
-    c.packed_rows = reinterpret_cast<uint16_t*>(take(keys * width + slack, ScalarType::Short));
+    c.packed_rows = reinterpret_cast<uint16_t*>(take(keys * width, ScalarType::Short));
     if (!keep_rows) return;
     c.held = take(keys * c.key_pitch(), accumulator(q));
     c.fired = reinterpret_cast<int32_t*>(take(keys, ScalarType::Int));
@@ -172,7 +171,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& q, const Tensor& k, co
   };
   STD_TORCH_CHECK(like_o(o) && like_o(dout) && norms.is_contiguous() && norms.numel() == 2 * p.B * c.HQ * c.Tq &&
                       norms.scalar_type() == accumulator(q),
-                  "temporal_sparse_attention: o and its gradient must be [B, Tq, HQ, DV], norms as the forward saved it");
+                  "temporal_sparse_attention: o and its gradient must be [B, Tq, HQ, DV], norms as saved");
   const auto gradient = [&](int i, const Tensor& x, View& to) {
     if (!(needs >> i & 1)) return torch::stable::new_empty(q, {0});
     Tensor grad = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)});

@@ -39,8 +39,8 @@ struct TemporalSparseAttention {
   bool holds;                 // whether any score takes a held key
   int64_t segments_total;
   Segment* segments;          // [HK, segments_total]; null unless `holds`
-  char* packed;               // [B, HK, T, D + 1] if `holds`, in segments, else [B, HK, T, D]; of the arithmetic type
-  uint16_t* packed_rows;      // [B, HK, T, D + 1] if `holds`
+  char* packed;               // [B, HK, T, held_pitch()] if `holds`, in segments, else [B, HK, T, D]; arithmetic type
+  uint16_t* packed_rows;      // [B, HK, T, held_pitch()] if `holds`
   char* held;                 // [B, HK, T, key_pitch()] of the arithmetic type: held keys, for the backward; or null
   char* values;               // [B, HK, T, value_pitch()] of the arithmetic type
   int32_t* fired;             // [B, HK, T]: channels that fired; null if neither held nor asked for
@@ -48,6 +48,8 @@ struct TemporalSparseAttention {
 
   // Position i of a sequence is row s.start + i - (T - Tq) of q.
   int64_t first_query() const { return T - Tq; }
+  // Room for a whole row, or as many changes as there are channels; lists are written past their end, by a vector.
+  int64_t held_pitch() const { return D + 16; }
   int key_pitch() const { return (D + 15) / 16 * 16; }
   int value_pitch() const { return (DV + 15) / 16 * 16; }
 };

@@ -13,6 +13,9 @@ from .reference._loops import compute_dtype
 from .reference.temporal_sparse_attention import statistics
 
 _BACKENDS = (
+    Backend(
+        "triton", "fla_ops.kernels.temporal_sparse_attention", ("cuda",), on_request=("cpu",), switch="TRITON_INTERPRET"
+    ),
     Backend("native", "fla_ops._native.temporal_sparse_attention", devices=("cpu",)),
     Backend("reference", "fla_ops.reference.temporal_sparse_attention"),
 )

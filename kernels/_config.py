@@ -147,3 +147,32 @@ def selective_scan_step_config(N: int, channels: int, arch: str) -> LaunchConfig
     states = 1 << (N - 1).bit_length()
     BD = max(1, min(2048 // states, 1 << (channels - 1).bit_length()))
     return LaunchConfig(BT=1, BD=64 if INTERPRET else BD, num_warps=_warps(128, arch))
+
+
+@functools.cache
+def temporal_sparse_hold_config(arch: str) -> LaunchConfig:
+    """One program a sequence and key head, a channel a lane; BT tokens on their way while BT are worked on."""
+    return LaunchConfig(BT=8, num_warps=_warps(32, arch))
+
+
+@functools.cache
+def temporal_sparse_attention_config(kind: str, D: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
+    """One program a head and BT queries, over BK keys at a time; for the "keys" BK keys, over BT queries at a time.
+
+    D is the wider of the head dimensions, rounded up. The forward and "queries" hold two tiles of BT rows, the "keys"
+    four of BK rows.
+    """
+    if INTERPRET:
+        return LaunchConfig(BT=64, BK=64)
+    if dtype.itemsize > 2:
+        return LaunchConfig(BT=16, BK=16, num_warps=4, num_stages=1)
+    stages = 2 if _roomy(arch) else 1
+    if D > 128:  # wider sums: fewer rows, more threads
+        BT, BK = {"forward": (32, 32), "queries": (16, 32), "keys": (16, 32 if _roomy(arch) else 16)}[kind]
+        return LaunchConfig(BT=BT, BK=BK, num_warps=8, num_stages=stages)
+    if kind == "forward":
+        BT = 128 if _roomy(arch) else 64
+        return LaunchConfig(BT=BT, BK=64, num_warps=BT // 16, num_stages=stages)
+    if kind == "keys" or D > 64:
+        return LaunchConfig(BT=32, BK=32, num_warps=8 if D > 64 else 4, num_stages=stages)
+    return LaunchConfig(BT=64, BK=64, num_warps=4, num_stages=stages)

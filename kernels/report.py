@@ -75,6 +75,13 @@ CASES = (
     Case("selective_scan", "float32", {"N": 16, "softplus": True}, targets=ALL),
     Case("selective_scan", "float32", {"N": 256, "softplus": True}),
     Case("selective_scan", "float64", {"N": 16, "softplus": True}),
+    Case("temporal_sparse_attention", "bfloat16", {"D": 128}, targets=ALL, short=True),
+    Case("temporal_sparse_attention", "bfloat16", {"D": 64, "GQA": 4, "packed": True, "window_mode": "block"}),
+    Case("temporal_sparse_attention", "bfloat16", {"D": 128, "dense": True}),
+    Case("temporal_sparse_attention", "bfloat16", {"D": 256}, targets=ALL),
+    Case("temporal_sparse_attention", "float16", {"D": 64}),
+    Case("temporal_sparse_attention", "float32", {"D": 64}, targets=ALL),
+    Case("temporal_sparse_attention", "float64", {"D": 64}),
 )
 
 
@@ -207,11 +214,36 @@ def selective_scan(
     return passes if T else {name: passes[name] for name in passes if name != "step"}
 
 
+def temporal_sparse_attention(
+    dtype, *, D, B=4, T=128, H=16, GQA=1, packed=False, dense=False, window_mode="band"
+) -> dict:
+    """As `delta_rule`; GQA query heads share a key head."""
+    from . import temporal_sparse_attention as op
+
+    B = 1 if packed else B
+    q = torch.zeros(B, T, H, D, dtype=dtype)
+    k, v = (torch.zeros(B, T, H // GQA, D, dtype=dtype) for _ in range(2))
+    threshold = torch.zeros(H // GQA, D, dtype=torch.promote_types(dtype, torch.float32))
+    cu_seqlens = torch.linspace(0, T, 9).long() if packed else None
+    inputs = (q, k, v, threshold, cu_seqlens)
+    options = {"window": 16, "sink": 4, "window_mode": window_mode, "scale": 0.125, "dense": dense}
+    saved = []
+
+    def forward():
+        saved[:] = op.forward(*inputs, **options, count_fired=False)[:2]
+
+    return {
+        "forward": forward,
+        "backward": lambda: op.backward(*inputs, *saved, q, **options, needs=(True,) * 3),
+    }
+
+
 PASSES = {
     "delta_rule": delta_rule,
     "delta_product": delta_product,
     "causal_conv1d": causal_conv1d,
     "selective_scan": selective_scan,
+    "temporal_sparse_attention": temporal_sparse_attention,
 }
 
 

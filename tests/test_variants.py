@@ -26,6 +26,8 @@ CASES = {
     "scan, channels first": ("selective_scan", "bfloat16", {"N": 16, "Di": 64, "B": 2, "time_last": True}),
     "packed scan": ("selective_scan", "float32", {"N": 5, "Di": 30, "G": 2, "packed": True}),
     "scan, split": ("selective_scan", "bfloat16", {"N": 16, "Di": 64, "B": 1, "split": True}),
+    "sparse attention": ("temporal_sparse_attention", "bfloat16", {"D": 64, "B": 2}),
+    "packed sparse attention": ("temporal_sparse_attention", "float32", {"D": 20, "H": 3, "packed": True}),
     "packed convolution": ("causal_conv1d", "bfloat16", {"W": 4, "D": 64, "packed": True, "bias": True}),
 }
 

@@ -183,6 +183,8 @@ _ON_GPU = (
         for last in (False, True)
     ),
     _scan(STEP, 4096, 1, B=64, quick=True, **_HALF),
+    *(_sparse(FORWARD, T, 60, W=T // 20, H=32, D=128, quick=True, **_HALF) for T in (4096, 32768)),
+    _sparse(BACKWARD, 4096, 60, W=205, H=32, D=128, quick=True, **_HALF),
 )
 
 

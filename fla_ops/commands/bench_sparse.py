@@ -28,7 +28,8 @@ def inputs(sizes: Sizes, dtype: torch.dtype, T: int) -> dict[str, torch.Tensor]:
 
 
 def options(sizes: Sizes) -> dict[str, object]:
-    threshold = torch.full((sizes["H"], sizes["D"]), THRESHOLDS[sizes["zeros"]])
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    threshold = torch.full((sizes["H"], sizes["D"]), THRESHOLDS[sizes["zeros"]], device=where)
     return {"threshold": threshold, "window": sizes["W"]}
 
 
