@@ -94,9 +94,11 @@ std::tuple<Tensor, Tensor> seal(const Tensor& recent, const Tensor& state, std::
   const DeltaCacheKernels& run = kernels();
   const int64_t most = run.record_bytes(c);
   Tensor places = torch::stable::new_empty(recent, {count, HK, 2}, ScalarType::Long);
-  Tensor roomy = torch::stable::new_empty(recent, {count * HK * most}, ScalarType::Byte);
+  Tensor roomy = torch::stable::new_empty(recent, {count * HK * most + B * HK * kRecordSlack}, ScalarType::Byte);
   int64_t* place = static_cast<int64_t*>(places.data_ptr());
-  const auto room = [&](int64_t b, int64_t head) { return bytes_of(roomy) + (before[b] * HK + head * blocks[b]) * most; };
+  const auto room = [&](int64_t b, int64_t head) {
+    return bytes_of(roomy) + (before[b] * HK + head * blocks[b]) * most + (b * HK + head) * kRecordSlack;
+  };
   const bool serial = count * HK * kDecodeKeys * c.D < kSerialKeys;
   parallel_tasks(recent, B * HK, serial, 0, [&](int64_t task, void*) {
     const int64_t b = task / HK, head = task % HK;

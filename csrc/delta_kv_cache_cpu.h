@@ -18,7 +18,7 @@
 
 namespace fla_ops {
 
-constexpr int kRecordSlack = 64;  // bytes that a kernel may read behind a record
+constexpr int kRecordSlack = 64;  // bytes that a kernel may read behind a record, and write while it packs one
 
 inline int bitmap_words(int D) { return (D + 31) / 32; }
 
