@@ -66,10 +66,13 @@ def _gated(dy, z, dtype: tl.constexpr):
     """(g, gate, sigmoid(gate)): the gradient before the gate, silu(z); without a gate the last two are ones."""
     g = dy.to(dtype)
     if z is None:
-        return g, g * 0 + 1, g * 0 + 1
-    gate = z.to(dtype)
-    sigmoid = 1 / (1 + tl.exp(-gate))
-    return g * gate * sigmoid, gate, sigmoid
+        gate = g * 0 + 1
+        sigmoid = gate
+    else:  # a compiler goes on behind a branch that returns
+        gate = z.to(dtype)
+        sigmoid = 1 / (1 + tl.exp(-gate))
+        g = g * gate * sigmoid
+    return g, gate, sigmoid
 
 
 @triton.jit
