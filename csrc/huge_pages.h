@@ -13,7 +13,7 @@
 namespace fla_ops {
 
 // The C library takes what is this large from the system each time, and the system hands it out zeroed, a page at a
-// time, as it is first written, which adds two fifths to a scan of 16,384 steps; 2 MB at a time, a tenth.
+// time, as it is first written, which adds two fifths to a scan of 16,384 steps; 2 MB at a time, a sixth.
 // A hint: where large pages are switched off, nothing happens.
 inline torch::stable::Tensor in_huge_pages(torch::stable::Tensor fresh) {
 #if __linux__ && defined(MADV_HUGEPAGE)

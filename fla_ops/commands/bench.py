@@ -13,6 +13,8 @@ from .info import cpu_name
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.family and all(case.op != args.family for case in bench_cases.cases()):
+        raise CommandError(f"there is no benchmark of {args.family} here.", code=2)
     return run_suite(args.family) if args.all else run_short_list(args.family, args.seconds)
 
 
@@ -59,5 +61,5 @@ def run_short_list(family: str | None, seconds: float) -> int:
         headers = (case.group, "ms", "CPU ms", "GFLOP/s", "GB/s", f"time / {timings[0].variant.name}")
         print("\n" + tabulate(rows, headers, tablefmt="simple", floatfmt=("", ".3f", ".3f", ".1f", ".1f", "")))
         for name in notes:
-            print(f"* {name}: less exact than fla_ops' tolerance allows")
+            print(f"* {name}: its results are further from fla_ops' than the tolerance allows")
     return 0
