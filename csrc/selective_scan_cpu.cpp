@@ -306,18 +306,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 Tensor step(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& wB, const Tensor& wC,
             const Optional& D, const Optional& z, const Optional& delta_bias, Tensor state, bool softplus,
             const Optional& state_indices) {
+  // For B and C of two dimensions whatever is wrong about shapes, types and memory is refused here: Python says what it
+  // is, and only then.
+  STD_TORCH_CHECK(u.dim() == 2 && A.dim() == 2 && state.dim() == 3, "selective_scan_step: wrong dimensions");
   const int64_t B = u.size(0), Di = u.size(1), N = A.size(1), slots = state.size(0);
-  const auto like_u = [&](const Tensor& x) { return x.dim() == 2 && x.size(0) == B && x.size(1) == Di; };
-  const auto is_vector = [&](const Optional& x) { return !x || (x->dim() == 1 && x->size(0) == Di); };
-  const auto is_projection = [&](const Tensor& w) {
-    return w.dim() == 3 && w.size(0) == B && w.size(1) > 0 && Di % w.size(1) == 0 && w.size(2) == N;
+  const ScalarType dtype = u.scalar_type();
+  const auto like_u = [&](const Tensor& x) {
+    return x.dim() == 2 && x.size(0) == B && x.size(1) == Di && x.scalar_type() == dtype;
   };
-  STD_TORCH_CHECK(u.dim() == 2 && like_u(delta) && (!z || like_u(*z)) && A.dim() == 2 && A.size(0) == Di && N >= 1 &&
-                      N <= kScanMaxState && is_vector(D) && is_vector(delta_bias) && is_projection(wB) &&
-                      is_projection(wC) && state.dim() == 3 && state.size(1) == Di && state.size(2) == N &&
-                      (state_indices ? state_indices->dim() == 1 && state_indices->size(0) == B : slots >= B),
-                  "selective_scan_step: u, delta, z must be [B, Di], A [Di, N], D, delta_bias [Di], B, C [B, G, N], "
-                  "state [slots, Di, N]");
+  const auto is_side = [&](const Tensor& x) {
+    return x.scalar_type() == dtype || x.scalar_type() == ScalarType::Float;
+  };
+  const auto is_vector = [&](const Optional& x) { return !x || (x->dim() == 1 && x->size(0) == Di && is_side(*x)); };
+  const auto groups = [](const Tensor& w) { return w.dim() == 2 ? 1 : w.size(1); };
+  const auto is_projection = [&](const Tensor& w) {
+    return (w.dim() == 2 || w.dim() == 3) && w.size(0) == B && w.size(w.dim() - 1) == N && groups(w) > 0 &&
+           Di % groups(w) == 0 && (w.scalar_type() == dtype || (w.dim() == 3 && is_side(w)));
+  };
+  bool overlaps = false;
+  for (int i = 0; i < 3; i++) overlaps |= state.stride(i) == 0 && state.size(i) > 1;
+  STD_TORCH_CHECK(like_u(delta) && (!z || like_u(*z)) && A.size(0) == Di && N >= 1 && N <= kScanMaxState &&
+                      is_side(A) && is_vector(D) && is_vector(delta_bias) && is_projection(wB) && is_projection(wC) &&
+                      groups(wB) == groups(wC) && state.size(1) == Di && state.size(2) == N && !overlaps &&
+                      (state_indices ? state_indices->dim() == 1 && state_indices->size(0) == B : slots == B),
+                  "selective_scan_step: u, delta, z must be [B, Di], A [Di, N], D, delta_bias [Di], "
+                  "B, C [B, N] or [B, G, N], state [slots, Di, N]");
   Tensor y = torch::stable::empty_like(u);
   const auto vector = [](const Optional& x) {
     View result = view(x);
@@ -325,8 +338,17 @@ Tensor step(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor&
     result.stride[0] = 0;
     return result;
   };
+  const auto projection = [](const Tensor& w) {
+    View result = view(w);
+    if (w.dim() == 2) {
+      result.stride[2] = result.stride[1];
+      result.stride[1] = 0;
+    }
+    return result;
+  };
   SelectiveScanStep c{view(u), view(delta), view(z), view(y), matrix(A), vector(D), vector(delta_bias),
-                      view(wB), view(wC), view(state), Di, Di / wB.size(1), Di / wC.size(1), int(N), softplus};
+                      projection(wB), projection(wC), view(state), Di, Di / groups(wB), Di / groups(wC), int(N),
+                      softplus};
   const SelectiveScanKernels& run = kernels();
   constexpr int64_t kChannels = 256;
   const int64_t pieces = ceil_div(Di, kChannels);

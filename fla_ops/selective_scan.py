@@ -8,7 +8,7 @@ import torch
 
 from . import _checks
 from ._autograd import first_order_only
-from ._backend import Backend, resolve
+from ._backend import Backend, asked_for, resolve
 
 _BACKENDS = (
     Backend("triton", "fla_ops.kernels.selective_scan", ("cuda",), on_request=("cpu",), switch="TRITON_INTERPRET"),
@@ -162,6 +162,10 @@ def selective_scan_step(
     """
     op = "selective_scan_step"
     _checks.no_grad_needed(op, u, delta, A, B, C, D, z, delta_bias, state, time="L")
+    if state_indices is None and backend == "auto":
+        y = _native_step_or_none(u, delta, A, B, C, D, state, z, delta_bias, delta_softplus)
+        if y is not None:
+            return y
     u, delta, z, B, C = _checks.autocast(u, delta, z, B, C)
     known = _checks.signature(u, delta, A, B, C, D, z, delta_bias, written=state)
     if known is None or known not in _checked_steps:
@@ -179,6 +183,26 @@ def selective_scan_step(
     run = impl.selective_scan_step if hasattr(impl, "selective_scan_step") else impl.step
     options = {"state": state, "delta_softplus": delta_softplus, "state_indices": state_indices}
     return run(u, delta, A, B, C, D, z=z, delta_bias=delta_bias, **options)
+
+
+def _native_step_or_none(u, delta, A, B, C, D, state, z, delta_bias, delta_softplus) -> torch.Tensor | None:
+    """The native step of plain CPU tensors, or None: there is something to choose, to cast, or to refuse.
+
+    On a CPU the checks of one token take longer than its arithmetic. The native step refuses what they refuse for B and
+    C of two dimensions; what is wrong is asked only then.
+    """
+    if torch.compiler.is_compiling() or type(u) is not torch.Tensor or not u.is_cpu:
+        return None
+    if torch.is_autocast_enabled("cpu") or asked_for("selective_scan", "auto") != "auto":
+        return None
+    from ._native import selective_scan as native
+
+    try:
+        if B.dim() == C.dim() == 2 and type(delta_softplus) is bool:
+            return native.cpu_step(u, delta, A, B, C, D, z, delta_bias, state, delta_softplus, None)
+    except (AttributeError, TypeError, RuntimeError):  # not a tensor; refused, or not built
+        pass
+    return None
 
 
 def _varies(w) -> bool:

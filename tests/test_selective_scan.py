@@ -6,6 +6,7 @@ test_selective_scan_sequences.py.
 """
 
 import itertools
+import sys
 from functools import partial
 
 import pytest
@@ -284,6 +285,58 @@ def test_the_step_is_the_scan_of_one_token(native, all_levels, dtype):
                 error = (actual.double() - expected).abs().max()
                 assert error <= tolerance * (1 + expected.abs().max()), (name, level, N, G, Di, strided)
             assert (y[1] == 0).all() and torch.equal(state[1], x["initial_state"][1])
+
+
+def _step_inputs(dtype=torch.float32):
+    x = random_inputs(2, 6, 1, 3, dtype=dtype, state=torch.float32)
+    first = {n: x[n][..., 0] for n in ("u", "delta", "z")} | {n: x[n][:, 0, :, 0] for n in ("B", "C")}
+    return first | {n: x[n] for n in ("A", "D", "delta_bias")} | {"state": x["initial_state"]}
+
+
+def test_the_step_chosen_by_itself_is_the_native_one(native, monkeypatch):
+    x = _step_inputs()
+    expected = fla_ops.selective_scan_step(**x | {"state": x["state"].clone()}, backend=native)
+    with monkeypatch.context() as patch:  # no check runs for it
+        patch.setattr(sys.modules["fla_ops.selective_scan"], "_check_step", None)
+        patch.setattr(sys.modules["fla_ops.selective_scan"], "_checked_steps", set())
+        assert torch.equal(fla_ops.selective_scan_step(**x | {"state": x["state"].clone()}), expected)
+        with fla_ops.use_backend("reference"), pytest.raises(TypeError):
+            fla_ops.selective_scan_step(**x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fla_ops.selective_scan_step(**x).dtype == torch.bfloat16
+
+
+WRONG = {
+    "two dtypes": ("bfloat16", "delta", lambda t: t.float()),
+    "a wide projection": ("bfloat16", "B", lambda t: t.float()),
+    "a narrow weight": ("float32", "A", lambda t: t.bfloat16()),
+    "another narrow weight": ("float16", "D", lambda t: t.bfloat16()),
+    "a wide weight": ("float32", "delta_bias", lambda t: t.double()),
+    "an integer state": ("float32", "state", lambda t: t.long()),
+    "one state for all": ("float32", "state", lambda t: t[:1].expand(2, -1, -1)),
+    "too many states": ("float32", "state", lambda t: torch.cat([t, t])),
+    "too few states": ("float32", "state", lambda t: t[:1]),
+    "a time axis": ("float32", "u", lambda t: t[..., None]),
+    "fewer rows": ("float32", "z", lambda t: t[:1]),
+    "a scalar": ("float32", "D", lambda t: t[0]),
+    "a projection of other rows": ("float32", "C", lambda t: t[:1]),
+    "a projection of other width": ("float32", "C", lambda t: t[:, :2]),
+    "no tensor": ("float32", "C", lambda t: t.tolist()),
+    "a number for a flag": ("float32", "delta_softplus", lambda t: 1),
+}
+
+
+@pytest.mark.parametrize("dtype, name, spoil", WRONG.values(), ids=WRONG)
+def test_the_native_step_refuses_what_the_checks_refuse(native, dtype, name, spoil):
+    """The one that runs without them, so that they can say what is wrong."""
+    x = _step_inputs(getattr(torch, dtype))
+    x[name] = spoil(x.get(name))
+    said = []
+    for backend in ("auto", "reference"):
+        with pytest.raises((ValueError, TypeError), match=f"selective_scan_step: .*{name}") as error:
+            fla_ops.selective_scan_step(**x, backend=backend)
+        said.append(str(error.value))
+    assert said[0] == said[1]
 
 
 @pytest.mark.no_poison
