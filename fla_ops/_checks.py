@@ -117,34 +117,6 @@ def count(op: str, name: str, x: object, least: int, most: int | None = None) ->
     return x
 
 
-def threshold(op: str, x: float | torch.Tensor) -> float | torch.Tensor:
-    """A key channel's least change, not negative; a tensor's shape is checked where the heads are known."""
-    name, want = "threshold", "a float or a float tensor"
-    if isinstance(x, torch.Tensor):
-        if not x.dtype.is_floating_point:
-            raise bad(TypeError, op, name, want, x.dtype)
-        if _can_read(x) and not bool((x >= 0).all()):
-            raise bad(ValueError, op, name, "free of negative values and NaN", f"a minimum of {x.min().item()}")
-        return x
-    if isinstance(x, bool) or not isinstance(x, (int, float)):
-        raise bad(TypeError, op, name, want, repr(x))
-    if not x >= 0:
-        raise bad(ValueError, op, name, "at least 0", x)
-    return float(x)
-
-
-def window(op: str, x: int | float) -> int | float:
-    """Tokens, or a part of the sequence."""
-    name = "window"
-    if isinstance(x, bool) or not isinstance(x, (int, float)):
-        raise bad(TypeError, op, name, "an int or a float in (0, 1]", repr(x))
-    if isinstance(x, int) and x < 1:
-        raise bad(ValueError, op, name, "at least 1 token", x)
-    if isinstance(x, float) and not 0 < x <= 1:
-        raise bad(ValueError, op, name, "an int, or a float in (0, 1]", x)
-    return x
-
-
 def _can_read(x: torch.Tensor) -> bool:
     """Whether looking at values is allowed: never while tracing, on a device only if asked for."""
     if torch.compiler.is_compiling():

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import _checks
+from . import _checks, _sparse_options
 from ._backend import Backend, resolve
 
 _BACKENDS = (
@@ -61,12 +61,10 @@ class DeltaKVCache:
         backend: str = "auto",
     ):
         op = "DeltaKVCache"
-        self.threshold = _checks.threshold(op, threshold)
-        self._asked_window = _checks.window(op, window)
+        self.threshold, _ = _sparse_options.threshold(op, threshold)
+        self._asked_window = _sparse_options.window(op, window)
         self.sink = _checks.count(op, "sink", sink, 0)
-        if window_mode not in ("band", "block"):
-            raise _checks.bad(ValueError, op, "window_mode", '"band" or "block"', repr(window_mode))
-        self.window_mode = window_mode
+        self.window_mode = _sparse_options.window_mode(op, window_mode)
         self.max_len = None if max_len is None else _checks.count(op, "max_len", max_len, 1)
         self.backend = backend
         self.reset()
@@ -220,10 +218,8 @@ class DeltaKVCache:
         """What the first append fixes."""
         heads, D = k.shape[2:]
         if self.window is None:
-            fraction = isinstance(self._asked_window, float)
-            self.window = max(1, round(self._asked_window * k.shape[1])) if fraction else self._asked_window
-        exact = torch.promote_types(k.dtype, torch.float32)
-        threshold = torch.as_tensor(self.threshold, dtype=exact, device=k.device).expand(heads, D)
+            self.window = _sparse_options.in_tokens(self._asked_window, k.shape[1])
+        threshold = _sparse_options.per_channel("DeltaKVCache", self.threshold, k).to(k.device)
         impl = resolve("delta_kv_cache", self.backend, k.device.type, k.dtype)
         self._store = impl.Store(k, v, threshold, self.sink, self.max_len)
         self._sizes = (k.shape[0], heads, D, v.shape[3])
@@ -242,11 +238,7 @@ class DeltaKVCache:
         if self._store:
             self._check_like(op, "k", k)
         else:
-            target = tuple(k.shape[2:])
-            shape = tuple(getattr(self.threshold, "shape", ()))
-            if len(shape) > 2 or any(a not in (1, b) for a, b in zip(shape[::-1], target[::-1], strict=False)):
-                want = f"a number or broadcast to [HK={target[0]}, D={target[1]}]"
-                raise _checks.bad(ValueError, "DeltaKVCache", "threshold", want, list(shape))
+            _sparse_options.per_channel("DeltaKVCache", self.threshold, k)
 
     def _check_like(self, op, name, x) -> None:
         if x.dtype != self._dtype:

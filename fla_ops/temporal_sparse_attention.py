@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """DeltaLLM's temporal-sparse attention: the public function and its autograd boundary."""
 
-import math
 from typing import NamedTuple
 
 import torch
 
-from . import _checks
+from . import _checks, _sparse_options
 from ._autograd import first_order_only
 from ._backend import Backend, resolve
-from .reference._loops import compute_dtype
 from .reference.temporal_sparse_attention import statistics
 
 _BACKENDS = (
@@ -114,11 +112,17 @@ def temporal_sparse_attention(
     cu_seqlens = _checks.cu_seqlens(op, cu_seqlens, B, T, q.device)
     if cu_seqlens is not None and Tq != T:
         raise _checks.bad(ValueError, op, "q", f"of T={T} tokens with cu_seqlens", Tq)
-    window = _window_in_tokens(op, window, T, cu_seqlens)
+    window = _sparse_options.window(op, window)
+    if isinstance(window, float) and cu_seqlens is not None:
+        hint = "A share of which sequence would depend on what is packed with it."
+        raise _checks.bad(ValueError, op, "window", "an int with cu_seqlens", window, hint)
+    window = _sparse_options.in_tokens(window, T)
     _checks.count(op, "sink", sink, 0)
-    if window_mode not in ("band", "block"):
-        raise _checks.bad(ValueError, op, "window_mode", '"band" or "block"', repr(window_mode))
-    threshold, all_zero = _resolve_threshold(op, threshold, q, HK)
+    _sparse_options.window_mode(op, window_mode)
+    threshold, all_zero = _sparse_options.threshold(op, threshold)
+    if isinstance(threshold, torch.Tensor):
+        _checks.same_device(op, "q", q=q, threshold=threshold)
+    threshold = _sparse_options.per_channel(op, threshold, k)
     dense = all_zero or window >= T
     options = {"window": window, "sink": sink, "window_mode": window_mode, "scale": scale}
     impl = resolve(op, backend, q.device.type, q.dtype, D, v.shape[3])
@@ -151,39 +155,3 @@ def _check_tensors(op, q, k, v) -> None:
     if Tq > T:
         hint = "Queries are the last Tq positions of the keys'."
         raise _checks.bad(ValueError, op, "q", f"of at most T={T} tokens, as k has", f"Tq={Tq}", hint)
-
-
-def _window_in_tokens(op, window, length: int, cu_seqlens) -> int:
-    if not isinstance(window, float):
-        return _checks.count(op, "window", window, 1)
-    if not 0 < window <= 1:
-        hint = "A float is a share of T; give an int for tokens."
-        raise _checks.bad(ValueError, op, "window", "an int >= 1 or a float in (0, 1]", window, hint)
-    if cu_seqlens is not None:
-        hint = "A share of which sequence would depend on what is packed with it."
-        raise _checks.bad(ValueError, op, "window", "an int with cu_seqlens", window, hint)
-    return max(1, round(window * length))
-
-
-def _resolve_threshold(op, threshold, q, key_heads: int) -> tuple[torch.Tensor, bool]:
-    """`[HK, D]` in the dtype of the comparison, and whether all of it is known to be 0."""
-    dtype, shape = compute_dtype(q.dtype), (key_heads, q.shape[3])
-    name = "threshold"
-    if not isinstance(threshold, torch.Tensor):
-        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
-            raise _checks.bad(TypeError, op, name, "a number or a tensor", repr(threshold))
-        if math.isnan(threshold) or threshold < 0:
-            raise _checks.bad(ValueError, op, name, ">= 0", threshold)
-        return torch.full(shape, float(threshold), dtype=dtype, device=q.device), threshold == 0
-    if threshold.dtype not in _checks.MAIN_DTYPES:
-        raise _checks.bad(TypeError, op, name, "a floating tensor", threshold.dtype)
-    sizes = tuple(threshold.shape)
-    padded = (1,) * (2 - len(sizes)) + sizes
-    if len(padded) != 2 or any(size not in (1, full) for size, full in zip(padded, shape, strict=True)):
-        want = f"broadcastable to [HK={shape[0]}, D={shape[1]}]"
-        hint = "It looks like [D, HK]: transpose(0, 1)." if sizes == shape[::-1] else ""
-        raise _checks.bad(ValueError, op, name, want, list(sizes), hint)
-    _checks.same_device(op, "q", q=q, threshold=threshold)
-    threshold = threshold.detach()
-    all_zero = _checks.non_negative(op, name, threshold)
-    return threshold.to(dtype).expand(shape).contiguous(), all_zero
