@@ -3,8 +3,8 @@
 // DeltaLLM's cache on the CPU, torch side: internal asserts (argument checks live in Python), tensors to plain views,
 // the parallel loops, registration.
 //
-// Sealing and holding go through a key head's tokens in order, one key head a task. Attention is cut as in
-// decode_attention_cpu.cpp. The kernels are in delta_kv_cache_cpu_records.inc and delta_kv_cache_cpu.inc.
+// Sealing and holding go through a key head's tokens in order, one key head a task; attention is cut as decode_tasks.h
+// says. The kernels are in delta_kv_cache_cpu_records.inc and delta_kv_cache_cpu.inc.
 #include "delta_kv_cache_cpu.h"
 
 #include <torch/csrc/stable/library.h>
@@ -17,7 +17,7 @@
 #include <vector>
 
 #include "cpu_level.h"
-#include "cpu_tasks.h"
+#include "decode_tasks.h"
 #include "torch_view.h"
 
 namespace fla_ops {
@@ -26,7 +26,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kSerialWork = 1 << 17, kSerialKeys = 1 << 14;  // multiply-adds; channels of keys
+constexpr int64_t kSerialKeys = 1 << 14;  // channels of keys; below this a second thread costs more than it does
 
 const DeltaCacheKernels& kernels() {
 #if FLA_OPS_X86
@@ -188,27 +188,16 @@ Tensor attend(const Tensor& q, const Tensor& records, const Tensor& places, cons
     }
   });
 
-  const int64_t rows = Tq * a.group, row_groups = ceil_div(rows, kDecodeRows), owners = B * HK * row_groups;
-  const int64_t parts = ceil_div(longest, kDecodePart), partial_bytes = run.partial_bytes(a);
-  const auto rows_of = [&](int64_t owner) {
-    const int64_t first = owner % row_groups * kDecodeRows, b = owner / row_groups / HK;
-    return DecodeRows{b, owner / row_groups % HK, first, int(std::min<int64_t>(kDecodeRows, rows - first)),
-                      c.rows[b].length};
-  };
-  Tensor partial = torch::stable::new_empty(q, {owners * parts * partial_bytes}, ScalarType::Byte);
-  char* sums = bytes_of(partial);
-  const bool serial = B * longest * HQ * Tq * D < kSerialWork;
-  const int64_t scratch = run.scratch(a);
-  parallel_tasks(q, owners * parts, serial, scratch, [&](int64_t task, void* memory) {
-    const int64_t owner = task % owners, begin = task / owners * kDecodePart;
-    const DecodeRows r = rows_of(owner);
-    const int64_t end = std::min(begin + kDecodePart, r.length);
-    if (begin < end) run.part(a, r, begin, end, sums + (owner * parts + begin / kDecodePart) * partial_bytes, memory);
-  });
-  parallel_tasks(q, owners, serial || owners * parts < 256, scratch, [&](int64_t owner, void* memory) {
-    const DecodeRows r = rows_of(owner);
-    run.combine(a, r, sums + owner * parts * partial_bytes, partial_bytes, ceil_div(r.length, kDecodePart), memory);
-  });
+  std::vector<int64_t> length(B);
+  for (int64_t b = 0; b < B; b++) length[b] = c.rows[b].length;
+  const int64_t partial_bytes = run.partial_bytes(a);
+  run_decode(q, {HK, Tq * a.group, length, partial_bytes, run.scratch(a), B * longest * HQ * Tq * D < kSerialDecode},
+             [&](const DecodeRows& rows, int64_t begin, int64_t end, char* partial, void* scratch) {
+               run.part(a, rows, begin, end, partial, scratch);
+             },
+             [&](const DecodeRows& rows, const char* partials, int64_t count, void* scratch) {
+               run.combine(a, rows, partials, partial_bytes, count, scratch);
+             });
   return o;
 }
 
