@@ -66,24 +66,19 @@ template <class T, int C> __global__ void __launch_bounds__(kThreads) forward_ke
   if (tile.count <= 0) return;
   const int64_t row = tile.start + tile.first;  // of q and o
   const int position = tile.first + in.offset, last = position + tile.count;
-  const auto rows_of = [&](const View& of, int64_t token, int64_t of_head) {
-    return reinterpret_cast<const T*>(of.data) + offset_of(of, tile.batch, token, of_head);
-  };
-  stage_rows<kWarps * R>(queries, rows_of(in.q, row, head), in.q.stride[1], tile.count, in.D);
+  stage_rows<kWarps * R>(queries, rows_of<T>(in.q, tile.batch, row, head), in.q.stride[1], tile.count, in.D);
 
   int begin[R];
   FLA_UNROLL for (int r = 0; r < R; r++) begin[r] = in.window.start(position + own + r);
   RunningSoftmax<A, R, C> found;
   for (int key = 0; key < last; key += kTile) {
     const int keys = min(last - key, kTile);
-    for (const bool exactly : {true, false}) {
+    for (int way = 0; way < 2; way++) {
+      const bool exactly = way == 0;
       if (!in.window.any(position, tile.count, key, keys, exactly)) continue;
-      const View& seen = exactly ? in.k : in.held;
       A scores[R] = {};
       for (int c = 0; c < in.D; c += kSlice<A>) {
-        __syncthreads();
-        stage<kTile>(slice, kPitch<A>, rows_of(seen, tile.start + key, key_head) + c, seen.stride[1], keys, in.D - c);
-        __syncthreads();
+        stage_slice<T>(slice, exactly ? in.k : in.held, tile.batch, tile.start + key, key_head, c, keys, in.D);
         add_products(scores, queries + own * pitch + c, pitch, slice, in.D - c);
       }
       FLA_UNROLL for (int r = 0; r < R; r++) {
@@ -92,10 +87,7 @@ template <class T, int C> __global__ void __launch_bounds__(kThreads) forward_ke
       }
       FLA_UNROLL for (int n = 0; n < slices; n++) {
         if (n * kSlice<A> >= in.DV) continue;
-        __syncthreads();
-        stage<kTile>(slice, kPitch<A>, rows_of(in.v, tile.start + key, key_head) + n * kSlice<A>, in.v.stride[1], keys,
-                     in.DV - n * kSlice<A>);
-        __syncthreads();
+        stage_slice<T>(slice, in.v, tile.batch, tile.start + key, key_head, n * kSlice<A>, keys, in.DV);
         const auto add = [&](const auto& has) { add_weighted(found.o, n, weights, slice, keys, has); };
         if (key + keys <= position + own + 1) add([](int, int) { return true; });
         else add([&](int r, int j) { return key + j <= position + own + r; });

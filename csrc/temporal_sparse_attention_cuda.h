@@ -5,8 +5,8 @@
 //
 // A block of four warps owns some rows of one head, queries or in the gradients of keys and values keys, R for each
 // warp, and walks over the other side in tiles of 32 rows, one for each lane. Of products that make scores a lane has
-// its own row with each of the warp's; of those that make outputs and gradients it has columns lane, lane + 32, ..., C of
-// them, of each of the warp's rows. The other side passes through shared memory in slices of a row's channels.
+// its own row with each of the warp's; of those that make outputs and gradients it has columns lane, lane + 32, ..., C
+// of them, of each of the warp's rows. The other side passes through shared memory in slices of a row's channels.
 //
 // A pair of a query and a key is seen in one of two ways, exactly or as the key is held. A walk takes each way by
 // itself: a tile that has pairs of both is walked over twice, with other keys and the other pairs left out.
@@ -96,7 +96,9 @@ __device__ inline Tile tile_at(const Sequences& sequences, int64_t index, int ro
 template <class A> struct alignas(16) Four {
   A x[4];
 };
-template <class A> __device__ __forceinline__ Four<A> four(const A* at) { return *reinterpret_cast<const Four<A>*>(at); }
+template <class A> __device__ __forceinline__ Four<A> four(const A* at) {
+  return *reinterpret_cast<const Four<A>*>(at);
+}
 
 // Channels in shared memory for rows of `n`: whole slices.
 template <class A> __host__ __device__ __forceinline__ int padded(int n) {
@@ -122,6 +124,21 @@ template <int rows, class A, class T>
 __device__ void stage_rows(A* to, const T* from, int64_t stride, int live_rows, int channels) {
   for (int c = 0; c < channels; c += kSlice<A>)
     stage<rows>(to + c, padded<A>(channels), from + c, stride, live_rows, channels - c);
+}
+
+template <class T>
+__device__ __forceinline__ const T* rows_of(const View& x, int64_t batch, int64_t token, int64_t head) {
+  return reinterpret_cast<const T*>(x.data) + offset_of(x, batch, token, head);
+}
+
+// The slice from channel c on of the other side's rows of a tile, `token` being the first: before, all threads are done
+// with the last slice, and after they see this one.
+template <class T, class A>
+__device__ __forceinline__ void stage_slice(A* slice, const View& of, int64_t batch, int64_t token, int64_t head, int c,
+                                            int live_rows, int channels) {
+  __syncthreads();
+  stage<kTile>(slice, kPitch<A>, rows_of<T>(of, batch, token, head) + c, of.stride[1], live_rows, channels - c);
+  __syncthreads();
 }
 
 // products[r] += row r of the warp times the lane's row, over `channels` channels of a slice.
