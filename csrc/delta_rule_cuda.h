@@ -23,16 +23,7 @@
 #include "delta_rule_checks.h"
 #include "device_view.h"
 
-// Loops over a thread's registers.
-#if defined(__CUDACC__)
-#define FLA_UNROLL _Pragma("unroll")
-#else
-#define FLA_UNROLL _Pragma("GCC unroll 32")
-#endif
-
 namespace fla_ops {
-
-constexpr unsigned kWarp = 0xffffffff;  // the mask of all lanes
 
 // Columns a warp: R x C elements make 32 registers a lane at most. More would spill in the backward pass.
 template <class A, int R> constexpr int kColumns = (R == 8 ? 4 : 8) / int(sizeof(A) / sizeof(float));

@@ -6,6 +6,7 @@
 //   FLA_LAUNCH((kernel<float, 4>), grid, block, dynamic_bytes, stream, arguments...);   // an empty grid is no launch
 //   FLA_SHARED(float, tile, 32 * 33);   // float tile[32 * 33] in shared memory
 //   FLA_DYN_SHARED(float, rows);        // float* rows: the launch's dynamic shared memory
+//   FLA_UNROLL for (...)                // a loop over a thread's registers, of a constant length
 //
 // Kernels use no inline PTX, wmma, cooperative groups, atomics, nor the lockstep of a warp; warp intrinsics are the
 // *_sync ones, with every live lane in the mask.
@@ -14,6 +15,18 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <type_traits>
+
+#if defined(__CUDACC__)
+#define FLA_UNROLL _Pragma("unroll")
+#else
+#define FLA_UNROLL _Pragma("GCC unroll 32")
+#endif
+
+namespace fla_ops {
+
+constexpr unsigned kWarp = 0xffffffff;  // the mask of all lanes
+
+}  // namespace fla_ops
 
 #if defined(FLA_SIMT)
 

@@ -294,7 +294,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const OnDevice on(u);
   ScanReverse x{};
   x.in = inputs_on_device(u, delta, A, B, C, D, z, delta_bias, delta_softplus, false);
-  const auto [sequences, bounds] = monotone_sequences(u, cu_seqlens, on.stream);
+  const auto [sequences, bounds] = monotone_sequences(u, u.size(0), u.size(2), cu_seqlens, on.stream);
   x.in.sequences = sequences;
   check_state(x.in, d_final_state);
   x.B = u.size(0);

@@ -111,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& u, const Tensor& delta,
   const OnDevice on(u);
   ScanWalk x{};
   x.in = inputs_on_device(u, delta, A, B, C, D, z, delta_bias, delta_softplus, false);
-  const auto [sequences, bounds] = monotone_sequences(u, cu_seqlens, on.stream);
+  const auto [sequences, bounds] = monotone_sequences(u, u.size(0), u.size(2), cu_seqlens, on.stream);
   x.in.sequences = sequences;
   check_state(x.in, initial_state);
 

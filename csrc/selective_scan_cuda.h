@@ -9,14 +9,13 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
-#include <utility>
 
 #include "cuda_op.h"
 #include "device_view.h"
+#include "monotone_sequences.h"
 
 namespace fla_ops {
 
-constexpr unsigned kWarp = 0xffffffff;  // the mask of all lanes
 constexpr int kMaxState = 256;          // N
 constexpr int kBlockSteps = 64;         // steps per saved state
 
@@ -173,32 +172,6 @@ inline void check_state(const ScanInputs& x, const std::optional<torch::stable::
 }
 
 namespace {
-
-// bounds[i] = the largest of 0 and cu_seqlens[0..i], at most `length`: sequences neither overlap nor leave the row,
-// whatever the values are. One warp.
-__global__ void monotone_bounds(Integers cu_seqlens, int64_t count, int64_t length, int64_t* bounds) {
-  int64_t largest = 0;
-  for (int64_t first = 0; first < count; first += 32) {
-    const int64_t i = first + threadIdx.x;
-    int64_t bound = i < count ? max(largest, min(cu_seqlens[i], length)) : largest;
-    for (int away = 1; away < 32; away *= 2) bound = max(bound, __shfl_up_sync(kWarp, bound, away));
-    if (i < count) bounds[i] = bound;
-    largest = __shfl_sync(kWarp, bound, 31);
-  }
-}
-
-// The sequences of a call, and the memory that their bounds are in.
-std::pair<Sequences, std::optional<torch::stable::Tensor>> monotone_sequences(
-    const torch::stable::Tensor& u, const std::optional<torch::stable::Tensor>& cu_seqlens, Stream stream) {
-  Sequences sequences = sequences_on_device(u.size(0), u.size(2), cu_seqlens);
-  if (!cu_seqlens) return {sequences, std::nullopt};
-  const int64_t count = cu_seqlens->size(0);
-  torch::stable::Tensor bounds = torch::stable::new_empty(u, {count}, torch::headeronly::ScalarType::Long);
-  int64_t* const data = static_cast<int64_t*>(bounds.data_ptr());
-  FLA_LAUNCH(monotone_bounds, 1, 32, 0, stream, sequences.cu_seqlens, count, sequences.length, data);
-  sequences.cu_seqlens = integers(bounds);
-  return {sequences, bounds};
-}
 
 // Like x in dtype and, where x has no gaps, in strides; zeros if packed sequences may leave some of it out.
 torch::stable::Tensor empty_or_zeros(const torch::stable::Tensor& x, bool packed) {

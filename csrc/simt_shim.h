@@ -148,6 +148,7 @@ inline int __all_sync(unsigned mask, int predicate,
   return fla_ops::simt::exchange("__all_sync", mask, predicate == 0, fla_ops::simt::lane(), where).ballot == 0;
 }
 
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 template <class T> T __ldg(const T* p) { return *p; }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline double rsqrt(double x) { return 1 / std::sqrt(x); }

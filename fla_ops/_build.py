@@ -148,13 +148,14 @@ def simt_flags(csrc: Path) -> list[str]:
     return [*FLAGS, "-DFLA_SIMT", *_includes(csrc)]
 
 
-def build_simt(csrc: Path, target: Path, namespace: str = "fla_ops_simt") -> None:
-    """Compile the CUDA kernels of `csrc` for the host and link the shared library `target`. Raises BuildError.
+def build_simt(csrc: Path, target: Path, namespace: str = "fla_ops_simt", options: Iterable[str] = ()) -> None:
+    """Compile the CUDA kernels of `csrc` for the host, given `options` as well, and link the shared library `target`.
+    Raises BuildError.
 
     Its ops are `namespace`::*; loaded with `torch.ops.load_library`, they take CPU tensors.
     """
     _require(why_not())
-    flags = [*simt_flags(csrc), f"-DFLA_SIMT_NAMESPACE={namespace}"]
+    flags = [*simt_flags(csrc), f"-DFLA_SIMT_NAMESPACE={namespace}", *options]
 
     def command(source: Path, obj: Path) -> list[str]:
         return [compiler(), *flags, "-c", "-o", str(obj), "-x", "c++", str(source)]

@@ -235,6 +235,14 @@ def no_grad_needed(op: str, *tensors: torch.Tensor | None, time: str = "T") -> N
         )
 
 
+def no_gradient_in_layer_step(op: str, *tensors: torch.Tensor) -> None:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise RuntimeError(
+            f"{op}: something requires a gradient, and a step has no backward. Wrap the call in "
+            "torch.no_grad(), or call the layer with T=1 and return_state=True, which is differentiable."
+        )
+
+
 def inference_only(op: str, hint: str, *tensors: torch.Tensor | None) -> None:
     """For an op that has no backward at all."""
     if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors):

@@ -14,7 +14,7 @@ _BACKENDS = (
     Backend(
         "triton", "fla_ops.kernels.temporal_sparse_attention", ("cuda",), on_request=("cpu",), switch="TRITON_INTERPRET"
     ),
-    Backend("native", "fla_ops._native.temporal_sparse_attention", devices=("cpu",)),
+    Backend("native", "fla_ops._native.temporal_sparse_attention", devices=("cpu", "cuda")),
     Backend("reference", "fla_ops.reference.temporal_sparse_attention"),
 )
 

@@ -24,6 +24,13 @@ def fenced(x: torch.Tensor) -> torch.Tensor:
     return inside.copy_(x) if x.numel() else inside
 
 
+def assert_fence_stands(x: torch.Tensor) -> None:
+    """Nobody has written around `fenced` x."""
+    memory = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+    around = torch.cat([memory[:FENCE], memory[-FENCE:]])
+    assert (around.isnan() if x.is_floating_point() else around == torch.iinfo(x.dtype).max).all()
+
+
 @contextlib.contextmanager
 def fenced_allocations(monkeypatch):
     """Tensors that Python code allocates inside lie between fences."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from fla_ops import _build, _native
-from fla_ops._native import causal_conv1d, delta_product, delta_rule, selective_scan
+from fla_ops._native import causal_conv1d, delta_product, delta_rule, selective_scan, temporal_sparse_attention
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
@@ -35,7 +35,7 @@ def load() -> None:
                 old.unlink()
             _build.build_simt(CSRC, library)
     torch.ops.load_library(library)
-    for family in (causal_conv1d, delta_product, delta_rule, selective_scan):
+    for family in (causal_conv1d, delta_product, delta_rule, selective_scan, temporal_sparse_attention):
         family.register_fakes("fla_ops_simt")
 
 

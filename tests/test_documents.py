@@ -28,6 +28,8 @@ def test_readme_has_blocks():
     "name",
     [
         "fla_ops.layers.delta_rule",
+        "fla_ops.layers.delta_activation",
+        "fla_ops.layers.delta_linear",
         "fla_ops.layers.delta_product",
         "fla_ops.layers.selective_scan",
         "fla_ops._param_groups",

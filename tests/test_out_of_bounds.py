@@ -1,13 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels touch their tensors' elements and nothing else: every load and store is looked at."""
+"""Triton kernels touch their tensors' elements and nothing else: every load and store is looked at.
+
+Of the CUDA kernels behind the shim what lies around a tensor is looked at: what is read there is NaN and shows, and
+nobody has written to it.
+"""
+
+import contextlib
 
 import pytest
+import simt
 import torch
 from delta_product_cases import MICRO
 from delta_product_cases import random_inputs as product_inputs
 from delta_rule_cases import TENSORS, bounds, random_cotangents, random_inputs
 from selective_scan_cases import random_cotangents as scan_cotangents
 from selective_scan_cases import random_inputs as scan_inputs
+from temporal_sparse_attention_cases import random_cotangent as sparse_cotangent
+from temporal_sparse_attention_cases import random_inputs as sparse_inputs
 
 import fla_ops
 from fla_ops import _backend
@@ -15,7 +24,13 @@ from fla_ops import _backend
 triton = pytest.importorskip("triton")
 tl = triton.language
 
-from interpreted_memory import far_apart, fenced, fenced_allocations, watched_memory  # noqa: E402 - needs triton
+from interpreted_memory import (  # noqa: E402 - needs triton
+    assert_fence_stands,
+    far_apart,
+    fenced,
+    fenced_allocations,
+    watched_memory,
+)
 
 
 def in_interpreter(op):
@@ -309,3 +324,74 @@ def test_causal_conv1d_offsets_beyond_32_bits(axis, entries, L):
     with watched_memory():
         for found, right in zip(run(*far_apart(near, axis)), expected, strict=True):
             torch.testing.assert_close(found, right)
+
+
+SPARSE = {
+    "tiles that fit": {"T": 64, "D": 32, "DV": 32},
+    "nothing fits": {"B": 2, "T": 45, "Tq": 31, "HQ": 4, "HK": 2, "D": 20, "DV": 12},
+    "wide": {"T": 35, "HQ": 1, "HK": 1, "D": 136, "DV": 70},
+    "one token": {"B": 2, "T": 1, "D": 3, "DV": 5},
+}
+
+
+def in_simt(order="ascending"):
+    """The CUDA kernels as the backend "native"."""
+    if simt.why_not():
+        pytest.skip(simt.why_not())
+    return simt.as_native(order)
+
+
+@in_interpreter("temporal_sparse_attention")
+@pytest.mark.parametrize("backend", ["triton", "native"], ids=["triton", "simt"])
+@pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
+@pytest.mark.parametrize("shape", SPARSE.values(), ids=SPARSE)
+def test_temporal_sparse_attention(monkeypatch, interpreters_rows, shape, packed, backend):
+    """Keys that are sinks, held, and near; the last of a block's and of a tile's rows."""
+    interpreters_rows(False)
+    T = shape["T"]
+    if packed:
+        shape = shape | {"B": 1, "Tq": T}
+    lengths = [0, min(3, T), 0, T - min(3, T)]
+    x = sparse_inputs(**shape, dtype=torch.bfloat16 if packed else torch.float32)
+    given = {name: fenced(in_wider_rows(t)) for name, t in x.items()}
+    given |= {"do": fenced(in_wider_rows(sparse_cotangent(x))), "cu": fenced(bounds(lengths)) if packed else None}
+    given["threshold"] = fenced(torch.full((x["k"].shape[2], x["k"].shape[3]), 0.3))
+    leaf = {name: given[name].requires_grad_() for name in x}
+    options = {"window": 9, "sink": 2, "window_mode": "block" if packed else "band", "cu_seqlens": given["cu"]}
+    triton_ = backend == "triton"
+    with contextlib.ExitStack() as stack:
+        launches = stack.enter_context(watched_memory())
+        stack.enter_context(fenced_allocations(monkeypatch) if triton_ else in_simt())
+        o = fla_ops.temporal_sparse_attention(
+            **leaf, threshold=given["threshold"], **options, return_stats=True, backend=backend
+        ).o
+        o.backward(given["do"])
+    assert bool(launches) == triton_
+    assert all(r.isfinite().all() for r in (o, *(t.grad for t in leaf.values())))
+    for t in given.values():
+        if t is not None:
+            assert_fence_stands(t.detach())
+
+
+@in_interpreter("temporal_sparse_attention")
+@pytest.mark.parametrize("backend", ["triton", "native"], ids=["triton", "simt"])
+@pytest.mark.parametrize(
+    ("axis", "shape"),
+    [(0, {"B": 3, "T": 3}), (1, {"T": 193, "HQ": 1, "HK": 1}), (2, {"T": 2, "HQ": 3, "HK": 3})],
+    ids=["batch", "token", "head"],
+)
+def test_temporal_sparse_attention_offsets_beyond_32_bits(axis, shape, backend):
+    """In Triton kernels offsets inside of a tile have 32 bits: there are more tokens than a tile has."""
+    x = sparse_inputs(**shape, dtype=torch.bfloat16)
+    near = [*x.values(), sparse_cotangent(x)]
+
+    def run(*tensors):
+        *leaf, do = (t.detach() for t in tensors)
+        leaf = [t.requires_grad_() for t in leaf]
+        o = fla_ops.temporal_sparse_attention(*leaf, threshold=0.3, window=1, sink=1, backend=backend).o
+        return [o, *torch.autograd.grad(o, leaf, do)]
+
+    with contextlib.nullcontext() if backend == "triton" else in_simt():
+        expected = run(*near)
+        with watched_memory():
+            assert all(map(torch.equal, run(*far_apart(near, axis)), expected))

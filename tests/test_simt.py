@@ -167,22 +167,38 @@ def selective_scan_gradients(ops):
     return ops.selective_scan_backward(*given, states, dy, None, 511)
 
 
+def sparse_gradients(ops):
+    """More slices of a row than one, and the counts of what fired, which four warps add up."""
+    q, k, v, do = (torch.randn(1, 40, 1, D) for D in (100, 100, 70, 70))
+    given = (q, k, v, torch.full((1, 100), 0.5), None, 0.1, 3, False, 0, True)
+    o, norms, fired = ops.temporal_sparse_attention_forward(*given, True)
+    good_o, good_norms, _ = torch.ops.fla_ops_simt.temporal_sparse_attention_forward(*given, True)
+    gradients = ops.temporal_sparse_attention_backward(*given, good_o, good_norms, do, 7)
+    return o, norms, fired, *gradients
+
+
+# Where the barriers are: what has to be compiled with the file, and results that need every one of them.
 BARRIERS = {
-    "causal_conv1d_cuda.cu": conv_gradients,
-    "delta_product_backward_cuda.cu": delta_product_gradients,
-    "delta_rule_backward_cuda.cu": delta_rule_gradients,
-    "selective_scan_backward_cuda.cu": selective_scan_gradients,
+    "causal_conv1d_cuda.cu": ([], conv_gradients),
+    "delta_product_backward_cuda.cu": ([], delta_product_gradients),
+    "delta_rule_backward_cuda.cu": ([], delta_rule_gradients),
+    "selective_scan_backward_cuda.cu": ([], selective_scan_gradients),
+    "temporal_sparse_attention_cuda.h": (
+        ["temporal_sparse_attention_cuda.cu", "temporal_sparse_attention_backward_cuda.cu"],
+        sparse_gradients,
+    ),
 }
 
 
 @pytest.mark.slow
 def test_a_barrier_dropped_from_a_real_kernel_shows(tmp_path):
-    """Each __syncthreads of the kernels, taken out of a copy, changes a gradient in one of the lane orders."""
+    """Each __syncthreads of the kernels, taken out of a copy, changes a result in one of the lane orders."""
     simt.load()
     barrier = "__syncthreads();"
     sources = {path.name: path.read_text() for path in _build.cuda_sources(simt.CSRC)}
-    assert {name for name, text in sources.items() if barrier in text} == set(BARRIERS)
-    for name, gradients in BARRIERS.items():
+    headers = {path.name: path.read_text() for path in simt.CSRC.glob("*_cuda.h")}
+    assert {name for name, text in (sources | headers).items() if barrier in text} == set(BARRIERS)
+    for name, (users, gradients) in BARRIERS.items():
 
         def in_both_orders(ops, gradients=gradients):
             for order in ORDERS:
@@ -192,13 +208,15 @@ def test_a_barrier_dropped_from_a_real_kernel_shows(tmp_path):
 
         right, other = in_both_orders(torch.ops.fla_ops_simt)
         assert torch.equal(right, other)
-        pieces = sources[name].split(barrier)
+        pieces = (sources | headers)[name].split(barrier)
         for i in range(1, len(pieces)):
             mutant = f"fla_ops_simt_{Path(name).stem}_{i}"
             copy = tmp_path / mutant
-            shutil.copytree(simt.CSRC, copy, ignore=lambda _, names, kept=name: set(names) & set(sources) - {kept})
+            left_out = set(sources) - {name, *users}
+            shutil.copytree(simt.CSRC, copy, ignore=lambda _, names, left_out=left_out: set(names) & left_out)
             (copy / name).write_text(barrier.join(pieces[:i]) + barrier.join(pieces[i:]))
-            _build.build_simt(copy, copy / "mutant.so", mutant)
+            # Barriers do the same without the compiler's optimisation, which takes most of the time.
+            _build.build_simt(copy, copy / "mutant.so", mutant, options=["-O0"])
             torch.ops.load_library(copy / "mutant.so")
             found = in_both_orders(getattr(torch.ops, mutant))
             assert not all(torch.equal(right, got) for got in found), f"{name}: barrier {i} can go"
@@ -215,20 +233,6 @@ def conv_calls(dtype):
             yield "backward", (layout, weight, bias, state, bounds, True, layout, state, 15)
     yield "step", (x[0].T, weight, bias, torch.randn(90, 7, 3), True, None)
     yield "step", (x[0, :, :3].T, weight, bias, torch.randn(5, 7, 3), False, torch.tensor([4, -1, 0]))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_lane_orders_agree_bit_for_bit(dtype):
-    simt.load()
-    for op, arguments in conv_calls(dtype):
-        results = []
-        for order in ORDERS:
-            given = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
-            with simt.lane_order(order):
-                out = getattr(torch.ops.fla_ops_simt, f"causal_conv1d_{op}")(*given)
-            results.append([*([out] if op == "step" else out), *(a for a in given if isinstance(a, torch.Tensor))])
-        for first, second in zip(*results, strict=True):
-            assert torch.equal(first, second), op
 
 
 def scan_calls(dtype):
@@ -249,15 +253,40 @@ def scan_calls(dtype):
         yield "step", (*rows[:2], A, b, c, D, rows[2], bias, torch.randn(5, 12, N), False, slots)
 
 
+def sparse_calls(dtype):
+    """Every kernel of temporal-sparse attention: both windows, sinks, packed and not, two slices of a row, fewer
+    queries than keys, and none held."""
+    q, k, v, do = (torch.randn(1, 70, heads, D).to(dtype) for heads, D in ((4, 70), (2, 70), (2, 40), (4, 40)))
+    theta = torch.rand(2, 70, dtype=torch.promote_types(dtype, torch.float32))
+    bounds = torch.tensor([0, 1, 1, 40, 70])
+    for rows, cu, options in (
+        (70, bounds, (4, True, 1, True)),
+        (33, None, (9, False, 0, True)),
+        (70, None, (1, False, 0, False)),
+    ):
+        given = (q[:, -rows:], k, v, theta, cu, 0.2, *options)
+        yield "forward", (*given, True)
+        o, norms, _ = torch.ops.fla_ops_simt.temporal_sparse_attention_forward(*given, True)
+        yield "backward", (*given, o, norms, do[:, -rows:], 7)
+
+
+CALLS = {
+    "causal_conv1d": conv_calls,
+    "selective_scan": scan_calls,
+    "temporal_sparse_attention": sparse_calls,
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_lane_orders_agree_bit_for_bit_in_the_scan(dtype):
+@pytest.mark.parametrize("family", CALLS)
+def test_lane_orders_agree_bit_for_bit(family, dtype):
     simt.load()
-    for op, arguments in scan_calls(dtype):
+    for op, arguments in CALLS[family](dtype):
         results = []
         for order in ORDERS:
             given = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
             with simt.lane_order(order):
-                out = getattr(torch.ops.fla_ops_simt, f"selective_scan_{op}")(*given)
+                out = getattr(torch.ops.fla_ops_simt, f"{family}_{op}")(*given)
             results.append([*([out] if op == "step" else out), *(a for a in given if isinstance(a, torch.Tensor))])
         for first, second in zip(*results, strict=True):
             # Saved states that no packed sequence uses are left as they were: NaN here.

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The native backend of temporal-sparse attention: `csrc/temporal_sparse_attention_cpu.cpp` behind `torch.ops.fla_ops`.
+"""The native backend of temporal-sparse attention: `csrc/temporal_sparse_attention_{cpu.cpp,cuda.cu}` behind
+`torch.ops.fla_ops`.
 
 The threshold is a contiguous `[HK, D]` in float32 (float64 for float64).
 """
@@ -15,8 +16,9 @@ MAX_HEAD_DIM = 256
 
 def why_not(device: str, dtype: torch.dtype, *sizes: int) -> str | None:
     """The reason why this backend cannot run head dimensions `sizes`, or None."""
-    if _load_error:
-        return _load_error
+    missing = _native.load_cuda(*_OPS) if device == "cuda" else _load_error
+    if missing:
+        return missing
     if any(s > MAX_HEAD_DIM for s in sizes):
         return f"head dimensions go up to {MAX_HEAD_DIM}, got {max(sizes)}"
     return None

@@ -88,13 +88,7 @@ class SequenceMixer(nn.Module):
         op = f"{type(self).__name__}.step"
         self._check_input(op, "x", x, ("B",))
         self._check_state(op, state, x.shape[0])
-        if torch.is_grad_enabled():
-            tensors = (x, state.recurrent, *self.parameters())
-            if any(t.requires_grad for t in tensors):
-                raise RuntimeError(
-                    f"{op}: something requires a gradient, and a step has no backward. Wrap the call in "
-                    "torch.no_grad(), or call the layer with T=1 and return_state=True, which is differentiable."
-                )
+        _checks.no_gradient_in_layer_step(op, x, state.recurrent, *self.parameters())
         return self._token(x, state)
 
     def init_state(
