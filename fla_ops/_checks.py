@@ -117,9 +117,9 @@ def count(op: str, name: str, x: object, least: int, most: int | None = None) ->
     return x
 
 
-def threshold(op: str, x: float | torch.Tensor) -> float | torch.Tensor:
+def threshold(op: str, x: float | torch.Tensor, name: str = "threshold") -> float | torch.Tensor:
     """A key channel's least change, not negative; a tensor's shape is checked where the heads are known."""
-    name, want = "threshold", "a float or a float tensor"
+    want = "a float or a float tensor"
     if isinstance(x, torch.Tensor):
         if not x.dtype.is_floating_point:
             raise bad(TypeError, op, name, want, x.dtype)
