@@ -7,6 +7,7 @@ unwraps them and lets the layer append and attend. Any other use of the two is a
 gets back would need all of them, dense.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,7 @@ class Settings:
     window: int | float
     sink: int
     window_mode: str
+    look: Callable | None = None  # called with (layer, q, k, scale) before attention: calibration
 
     def options(self, device: torch.device) -> dict[str, object]:
         threshold = self.threshold
@@ -90,6 +92,7 @@ class DeltaLayer(CacheLayerMixin):
 
         The first tokens' attention is differentiable; the cache has no gradient.
         """
+        q, k, v = _checks.autocast(q, k, v)
         if self.cache.length:
             self.cache.append(k, v, mask=keep)
             return self.cache.attend(q, scale=scale)

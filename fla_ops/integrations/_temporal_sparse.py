@@ -14,7 +14,9 @@ What differs from the model's own attention beside keys that are held:
 - gradients reach the keys and values of the same forward pass, never those in a cache.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -62,6 +64,8 @@ def attention(
     past = key.shape[2] - query.shape[2]
     keep, before = _kept(attention_mask, query.shape[0], query.shape[2], past)
     q = query.transpose(1, 2)
+    if settings.look:
+        settings.look(module.layer_idx, q, key.transpose(1, 2), scaling)
     if isinstance(key, Pending):
         layer, k, v = key.layer, key.new.transpose(1, 2), value.new.transpose(1, 2)
         if past and before is not None and before.sum(1).tolist() != layer.cache.lengths.tolist():
@@ -180,6 +184,27 @@ def disable_temporal_sparse(model: PreTrainedModel) -> PreTrainedModel:
             delattr(module, SETTINGS)
     decoder.set_attn_implementation(previous)
     return model
+
+
+@contextlib.contextmanager
+def watching(model: PreTrainedModel, thresholds: object, look: Callable, **options):
+    """The decoder of `model`, in eval mode and temporally sparse for a while: `look(layer, q, k, scale)` is called with
+    the queries `[B, T, HQ, D]` and keys `[B, T, HK, D]` of every attention. Then all is as it was."""
+    before = [(m, m.training, getattr(m, SETTINGS, None)) for m in _modules("calibrate_thresholds", model)]
+    enabled = any(settings for _, _, settings in before)
+    try:
+        enable_temporal_sparse(model.eval(), thresholds, **options)
+        for module, _, _ in before:
+            if hasattr(module, SETTINGS):
+                setattr(module, SETTINGS, replace(getattr(module, SETTINGS), look=look))
+        yield next(m for m in model.modules() if hasattr(m, HOOK))
+    finally:
+        for module, training, settings in before:
+            module.training = training
+            if settings:
+                setattr(module, SETTINGS, settings)
+        if not enabled and any(hasattr(m, HOOK) for m in model.modules()):
+            disable_temporal_sparse(model)
 
 
 def _bring_cache(decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
