@@ -8,9 +8,9 @@ What that does to the softmax goes with the probability p_ij of the key. So an e
 
 summed over the query heads of the key head too, and saves the deltas that are zero, zeros_c(theta). Both are measured
 for a grid of thresholds, channel by channel; then each channel of each head of each layer takes the threshold that
-minimises cost_c - lambda zeros_c. One lambda for the whole model makes the last zero cost the same everywhere: channels that are
-asked for loudly, heads that look far back and layers where they do get small thresholds, heads that look near or at the
-first key alone get large ones. lambda is found by bisection, so that the share of zeros is the one asked for.
+minimises cost_c - lambda zeros_c. One lambda for the whole model makes the last zero cost the same everywhere: channels
+that queries weigh heavily and heads that look far back get small thresholds, heads that look near, or at the first key
+alone, get large ones. lambda is found by bisection, so that the share of zeros is the one asked for.
 """
 
 import json
@@ -103,7 +103,8 @@ def calibrate_thresholds(
         ValueError, TypeError: a wrong shape, value or type; a model that `enable_temporal_sparse` refuses.
         ImportError: transformers is missing.
     """
-    from .integrations import _temporal_sparse as models  # transformers is no requirement of this package
+    from .integrations import _temporal_sparse as models
+    from .integrations import transformers  # noqa: F401 - no requirement of this package: it says what is missing
 
     op = "calibrate_thresholds"
     if isinstance(target_sparsity, bool) or not isinstance(target_sparsity, (int, float)):
@@ -118,6 +119,7 @@ def calibrate_thresholds(
     if texts.shape[0] == 0 or texts.shape[1] < 2:
         raise _checks.bad(ValueError, op, "tokens", "at least one text of two tokens", list(tokens.shape))
     options = {"window": window, "sink": sink, "window_mode": window_mode}
+    models.check_arguments(op, model, **options)
     found: dict[int, torch.Tensor] | float = 0.0
     for _ in range(PASSES):
         measured: dict[int, _Measured] = {}

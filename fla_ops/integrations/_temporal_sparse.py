@@ -146,11 +146,7 @@ def enable_temporal_sparse(
     output_attentions are errors of the forward pass.
     """
     op = "enable_temporal_sparse"
-    modules = _attention_modules(op, model)
-    window = _checks.window(op, window)
-    sink = _checks.count(op, "sink", sink, 0)
-    if window_mode not in ("band", "block"):
-        raise _checks.bad(ValueError, op, "window_mode", '"band" or "block"', repr(window_mode))
+    modules = check_arguments(op, model, window, sink, window_mode)
     found = [
         Settings(_threshold(op, theta, modules[i]), window, sink, window_mode)
         for i, theta in _by_layer(op, thresholds, sorted(modules)).items()
@@ -190,7 +186,7 @@ def disable_temporal_sparse(model: PreTrainedModel) -> PreTrainedModel:
 def watching(model: PreTrainedModel, thresholds: object, look: Callable, **options):
     """The decoder of `model`, in eval mode and temporally sparse for a while: `look(layer, q, k, scale)` is called with
     the queries `[B, T, HQ, D]` and keys `[B, T, HK, D]` of every attention. Then all is as it was."""
-    before = [(m, m.training, getattr(m, SETTINGS, None)) for m in _modules("calibrate_thresholds", model)]
+    before = [(m, m.training, getattr(m, SETTINGS, None)) for m in model.modules()]
     enabled = any(settings for _, _, settings in before)
     try:
         enable_temporal_sparse(model.eval(), thresholds, **options)
@@ -259,6 +255,16 @@ def _attention_modules(op: str, model: PreTrainedModel) -> dict[int, nn.Module]:
         if hasattr(module, "sinks"):
             raise refuse(f"learnt attention sinks in layer {i}")
     return layers
+
+
+def check_arguments(op: str, model: object, window: object, sink: object, window_mode: object) -> dict[int, nn.Module]:
+    """The attention modules by layer of a model that can run so."""
+    modules = _attention_modules(op, model)
+    _checks.window(op, window)
+    _checks.count(op, "sink", sink, 0)
+    if window_mode not in ("band", "block"):
+        raise _checks.bad(ValueError, op, "window_mode", '"band" or "block"', repr(window_mode))
+    return modules
 
 
 def _by_layer(op: str, thresholds: object, layers: list[int]) -> dict[int, object]:
