@@ -103,14 +103,59 @@ def calibrate_thresholds(
         ValueError, TypeError: a wrong shape, value or type; a model that `enable_temporal_sparse` refuses.
         ImportError: transformers is missing.
     """
-    from .integrations import _temporal_sparse as models
-    from .integrations import transformers  # noqa: F401 - no requirement of this package: it says what is missing
+    from .integrations import transformers as models  # which is no requirement of this package
 
     op = "calibrate_thresholds"
     if isinstance(target_sparsity, bool) or not isinstance(target_sparsity, (int, float)):
         raise _checks.bad(TypeError, op, "target_sparsity", "a float", repr(target_sparsity))
     if not 0 < target_sparsity < 1:
         raise _checks.bad(ValueError, op, "target_sparsity", "in (0, 1)", target_sparsity)
+    texts = _texts(op, tokens)
+    options = {"window": window, "sink": sink, "window_mode": window_mode}
+    models.check_arguments(op, model, **options)
+    found: dict[int, torch.Tensor] | float = 0.0
+    for _ in range(PASSES):
+        measured: dict[int, _Measured] = {}
+
+        def look(layer, q, k, scale, _):
+            measured[layer] = _measure(q, k, scale, **options)  # noqa: B023 - called in this pass
+
+        with models.watching(model, look, found, **options) as decoder, torch.no_grad():
+            decoder(texts.to(model.device), use_cache=False)
+        found, sparsity = _allocate(measured, target_sparsity)
+    kind = getattr(model.config, "model_type", type(model).__name__)
+    return Thresholds(found, kind, float(target_sparsity), sparsity, window, sink, window_mode)
+
+
+def measure_sparsity(model: torch.nn.Module, tokens: torch.Tensor) -> float:
+    """The share of key deltas that are zero when `model`, under `enable_temporal_sparse`, reads `tokens`.
+
+    Args:
+        model: a model under `enable_temporal_sparse`.
+        tokens: int64 `[N, T]`, N texts of T tokens, or `[T]`.
+
+    Raises:
+        ValueError, TypeError: a wrong shape or dtype; a model that is not under `enable_temporal_sparse`.
+        ImportError: transformers is missing.
+    """
+    from .integrations import transformers as models
+
+    op, shares = "measure_sparsity", []
+    texts = _texts(op, tokens)
+    if not isinstance(model, torch.nn.Module) or not models.layer_settings(model):
+        got = f"{type(model).__name__} without it"
+        raise _checks.bad(ValueError, op, "model", "a model under enable_temporal_sparse", got)
+
+    def look(layer, q, k, scale, stats):
+        shares.append(stats.zeros.mean().item())
+
+    with models.watching(model, look) as decoder, torch.no_grad():
+        decoder(texts.to(model.device), use_cache=False)
+    return sum(shares) / len(shares)
+
+
+def _texts(op: str, tokens: object) -> torch.Tensor:
+    """The tokens as `[N, T]`."""
     _checks.tensor(op, "tokens", tokens)
     if tokens.dtype not in _checks.INDEX_DTYPES:
         raise _checks.bad(TypeError, op, "tokens", "an int32 or int64 tensor", tokens.dtype)
@@ -118,20 +163,7 @@ def calibrate_thresholds(
     _checks.shape(op, "tokens", texts, {"N": None, "T": None})
     if texts.shape[0] == 0 or texts.shape[1] < 2:
         raise _checks.bad(ValueError, op, "tokens", "at least one text of two tokens", list(tokens.shape))
-    options = {"window": window, "sink": sink, "window_mode": window_mode}
-    models.check_arguments(op, model, **options)
-    found: dict[int, torch.Tensor] | float = 0.0
-    for _ in range(PASSES):
-        measured: dict[int, _Measured] = {}
-
-        def look(layer, q, k, scale):
-            measured[layer] = _measure(q, k, scale, **options)  # noqa: B023 - called in this pass
-
-        with models.watching(model, found, look, **options) as decoder, torch.no_grad():
-            decoder(texts.to(model.device), use_cache=False)
-        found, sparsity = _allocate(measured, target_sparsity)
-    kind = getattr(model.config, "model_type", type(model).__name__)
-    return Thresholds(found, kind, float(target_sparsity), sparsity, window, sink, window_mode)
+    return texts
 
 
 @dataclass(frozen=True)

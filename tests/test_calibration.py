@@ -11,12 +11,13 @@ from torch import nn
 
 import fla_ops
 from fla_ops import calibration
-from fla_ops.calibration import Thresholds, calibrate_thresholds
+from fla_ops.calibration import Thresholds, calibrate_thresholds, measure_sparsity
 
 transformers = pytest.importorskip("transformers", minversion="5.17", reason="transformers >= 5.17 is not installed")
 
 from safetensors.torch import save_file  # noqa: E402
 
+from fla_ops.integrations import _delta_cache  # noqa: E402
 from fla_ops.integrations.transformers import DeltaCache, disable_temporal_sparse, enable_temporal_sparse  # noqa: E402
 
 HK, D, LAYERS, VOCABULARY = 2, 16, 2, 61
@@ -45,22 +46,7 @@ def texts(count=3, length=100, seed=1):
 
 
 def zeros(model, ids, thresholds, **options):
-    """The share of zero deltas of a forward pass: that of the op's statistics."""
-    shares, op = [], fla_ops.temporal_sparse_attention
-
-    def counted(*args, **kwargs):
-        out = op(*args, **kwargs, return_stats=True)
-        shares.append(out.stats.zeros.mean().item())
-        return out
-
-    from fla_ops.integrations import _delta_cache
-
-    model = enable_temporal_sparse(copy.deepcopy(model), thresholds, **options)
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(_delta_cache, "temporal_sparse_attention", counted)
-        model(ids, use_cache=False)
-    assert len(shares) == LAYERS
-    return sum(shares) / LAYERS
+    return measure_sparsity(enable_temporal_sparse(copy.deepcopy(model), thresholds, **options), ids)
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Qwen3"])
@@ -130,6 +116,25 @@ def test_one_text_and_reproducible():
     model = build()
     first, second = (calibrate_thresholds(model, texts(1)[0], target_sparsity=0.5) for _ in range(2))
     assert all(torch.equal(first[i], second[i]) for i in first) and first.sparsity == second.sparsity
+
+
+def test_measuring_sparsity():
+    """The share is that of the op's statistics, layer by layer."""
+    model, shares = build(), []
+    changed = enable_temporal_sparse(copy.deepcopy(model), 0.5, 8)
+    op = fla_ops.temporal_sparse_attention
+
+    def counted(*args, **options):
+        out = op(*args, **options | {"return_stats": True})
+        shares.append(out.stats.zeros.mean().item())
+        return out
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(_delta_cache, "temporal_sparse_attention", counted)
+        changed(texts())
+    assert len(shares) == LAYERS and measure_sparsity(changed, texts()) == sum(shares) / LAYERS
+    with pytest.raises(ValueError, match="measure_sparsity: argument 'model' must be a model under enable_temporal"):
+        measure_sparsity(model, texts())
 
 
 # The model comes back as it was.

@@ -31,7 +31,7 @@ class Settings:
     window: int | float
     sink: int
     window_mode: str
-    look: Callable | None = None  # called with (layer, q, k, scale) before attention: calibration
+    look: Callable | None = None  # sees (q, k, scale, stats) of each prefill: calibration
 
     def options(self, device: torch.device) -> dict[str, object]:
         threshold = self.threshold
@@ -54,7 +54,10 @@ def prefill(
     """
     options = settings.options(q.device) | {"scale": scale}
     if keep is None:
-        return temporal_sparse_attention(q, k, v, **options).o
+        o, stats = temporal_sparse_attention(q, k, v, **options, return_stats=settings.look is not None)
+        if settings.look:
+            settings.look(q, k, scale, stats)
+        return o
     batch, length, heads, _ = q.shape
     if isinstance(options["window"], float):  # of the padded length, as the cache resolves it
         options["window"] = max(1, round(options["window"] * length))

@@ -15,6 +15,7 @@ What differs from the model's own attention beside keys that are held:
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -64,8 +65,6 @@ def attention(
     past = key.shape[2] - query.shape[2]
     keep, before = _kept(attention_mask, query.shape[0], query.shape[2], past)
     q = query.transpose(1, 2)
-    if settings.look:
-        settings.look(module.layer_idx, q, key.transpose(1, 2), scaling)
     if isinstance(key, Pending):
         layer, k, v = key.layer, key.new.transpose(1, 2), value.new.transpose(1, 2)
         if past and before is not None and before.sum(1).tolist() != layer.cache.lengths.tolist():
@@ -183,16 +182,22 @@ def disable_temporal_sparse(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @contextlib.contextmanager
-def watching(model: PreTrainedModel, thresholds: object, look: Callable, **options):
-    """The decoder of `model`, in eval mode and temporally sparse for a while: `look(layer, q, k, scale)` is called with
-    the queries `[B, T, HQ, D]` and keys `[B, T, HK, D]` of every attention. Then all is as it was."""
+def watching(model: PreTrainedModel, look: Callable, thresholds: object = None, **options):
+    """The decoder of `model` in eval mode, temporally sparse by `thresholds` and `options`, or as it is if it is so.
+
+    `look(layer, q, k, scale, stats)` is called at every attention without padding over q `[B, T, HQ, D]` and k `[B, T,
+    HK, D]`, with the op's statistics. At the end all is as it was.
+    """
     before = [(m, m.training, getattr(m, SETTINGS, None)) for m in model.modules()]
     enabled = any(settings for _, _, settings in before)
     try:
-        enable_temporal_sparse(model.eval(), thresholds, **options)
-        for module, _, _ in before:
+        model.eval()
+        if thresholds is not None:
+            enable_temporal_sparse(model, thresholds, **options)
+        for module in model.modules():
             if hasattr(module, SETTINGS):
-                setattr(module, SETTINGS, replace(getattr(module, SETTINGS), look=look))
+                settings = replace(getattr(module, SETTINGS), look=functools.partial(look, module.layer_idx))
+                setattr(module, SETTINGS, settings)
         yield next(m for m in model.modules() if hasattr(m, HOOK))
     finally:
         for module, training, settings in before:

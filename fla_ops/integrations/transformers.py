@@ -12,9 +12,10 @@ try:
 
     if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST:
         raise ImportError(f"found {transformers.__version__}")
-    from ._delta_cache import DeltaCache
+    # What is not in __all__ is for fla_ops.calibration.
+    from ._delta_cache import DeltaCache, layer_settings  # noqa: F401
     from ._mamba import AcceleratedFalconMambaMixer, AcceleratedMambaMixer, accelerate, restore
-    from ._temporal_sparse import disable_temporal_sparse, enable_temporal_sparse
+    from ._temporal_sparse import check_arguments, disable_temporal_sparse, enable_temporal_sparse, watching  # noqa: F401
 except ImportError as error:
     raise ImportError(
         f"fla_ops.integrations.transformers needs transformers >= {OLDEST[0]}.{OLDEST[1]} ({error}). "
