@@ -2,7 +2,7 @@
 """DeltaLLM's temporal-sparse attention under any decoder of transformers that uses its attention interface, in place.
 
     model = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
-    enable_temporal_sparse(model, thresholds=load_thresholds("smollm2.safetensors"), window=128)
+    enable_temporal_sparse(model, Thresholds.load("smollm2.safetensors"), window=128)
     model.generate(**inputs)
 
 An attention function is registered under a name of its own, and the model's config names it. Before a forward pass a
