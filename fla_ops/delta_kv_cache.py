@@ -44,6 +44,7 @@ class DeltaKVCache:
         window_mode: "band", the exact keys j of query i are those with i - j < window; or "block", those with
             j // window == i // window.
         max_len: tokens a row may come to. Memory for their values is taken at once. None: no limit, it grows.
+        rollback: how many of the last tokens `crop` can always take back. That many keys more are kept as they are.
         backend: "auto", "native" or "reference" (which keeps every key); a named one runs or raises.
 
     Raises:
@@ -58,6 +59,7 @@ class DeltaKVCache:
         sink: int = 0,
         window_mode: str = "band",
         max_len: int | None = None,
+        rollback: int = 0,
         backend: str = "auto",
     ):
         op = "DeltaKVCache"
@@ -66,6 +68,7 @@ class DeltaKVCache:
         self.sink = _checks.count(op, "sink", sink, 0)
         self.window_mode = _sparse_options.window_mode(op, window_mode)
         self.max_len = None if max_len is None else _checks.count(op, "max_len", max_len, 1)
+        self.rollback = _checks.count(op, "rollback", rollback, 0)
         self.backend = backend
         self.reset()
 
@@ -131,7 +134,8 @@ class DeltaKVCache:
         self._store.append(k, v, keep)
         self._remember(keep, batch, tokens)
         self._positions = _positions(before, keep, tokens)[:, tokens - queries :].contiguous().to(k.device)
-        self._store.seal(self._exact_from(self._first_queries()))
+        known = zip(self._first_queries(), self._store.lengths, strict=True)
+        self._store.seal(self._exact_from([max(0, min(first, n - self.rollback)) for first, n in known]))
 
     def attend(self, q: torch.Tensor, *, scale: float | None = None) -> torch.Tensor:
         """Attention of the newest tokens, whose keys were appended before.
@@ -170,8 +174,8 @@ class DeltaKVCache:
     def crop(self, length: int) -> None:
         """Take back the last tokens: keep the first `length`, or drop -`length` where it is negative.
 
-        Masked tokens count. All of the last append can be taken back; further only while the window of the next token
-        has not been packed. 0 drops everything.
+        Masked tokens count. All of the last append can be taken back, if `queries` was not given, and the last
+        `rollback` tokens; further only while the window of the next token has not been packed. 0 drops everything.
         """
         op = "DeltaKVCache.crop"
         if isinstance(length, bool) or not isinstance(length, int):

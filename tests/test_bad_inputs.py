@@ -777,6 +777,8 @@ TABLE = [
     ("cache: an unknown window_mode", cache(window_mode="diagonal"), ValueError,
      K_ + r": argument 'window_mode' must be \"band\" or \"block\", got 'diagonal'"),
     ("cache: max_len 0", cache(max_len=0), ValueError, K_ + r": argument 'max_len' must be at least 1, got 0"),
+    ("cache: a negative rollback", cache(rollback=-1), ValueError,
+     K_ + r": argument 'rollback' must be at least 0, got -1"),
     ("append: past max_len", append(k=zeros(B, 11, H, K), v=zeros(B, 11, H, V)), ValueError,
      K_ + r"\.append: argument 'k' must be of no more tokens than max_len=20 allows, got 11\. A row would hold 21"),
     ("append: another dtype", append(k=zeros(B, 2, H, K).half(), v=zeros(B, 2, H, V).half()), TypeError,

@@ -364,6 +364,22 @@ def test_crop_goes_no_further_than_the_exact_keys(backend):
     cache.append(k, v)
 
 
+@modes
+def test_rollback(backend, mode):
+    """Tokens of many appends can be taken back, and the cache goes on as if they had never come."""
+    tokens = random_tokens(2, 300)
+    q, k, v = tokens
+    options = {"window_mode": mode, "backend": backend}
+    want, _ = run(tokens, [200, 100], **options)
+    cache = DeltaKVCache(threshold=0.3, window=20, rollback=70, **options)
+    cache.append(k[:, :230], v[:, :230], queries=1)
+    for t in range(230, 270):
+        cache.append(k[:, t], v[:, t])
+    cache.crop(200)
+    cache.append(k[:, 200:], v[:, 200:])
+    torch.testing.assert_close(cache.attend(q[:, 200:]), want[:, 200:])
+
+
 def test_reset(backend):
     tokens = random_tokens(1, 200)
     cache = DeltaKVCache(threshold=0.3, window=0.1, backend=backend)
