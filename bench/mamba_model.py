@@ -12,7 +12,7 @@ of the gradient of the first step to 1e-3, on every generated token; a run in wh
 Ours is the median of --rounds after one more that warms up. Stock's training step is timed once, and first: it takes
 minutes, beside which what a first step costs is nothing.
 
-Writes bench/results/mamba-model-<layers>x<hidden size>.csv, a row a variant and pass.
+Writes bench/results/mamba-model-<layers>x<hidden size>.csv, a row a variant and pass; --only leaves the other pass's.
 """
 
 import argparse
@@ -153,6 +153,9 @@ def provenance(args: argparse.Namespace) -> dict[str, object]:
 def write(found: list[dict[str, object]], args: argparse.Namespace) -> Path:
     path = args.out / f"mamba-model-{args.layers}x{args.hidden_size}.csv"
     known = [provenance(args) | row for row in found]
+    if args.only and path.exists():
+        with path.open(newline="") as file:
+            known += [row for row in csv.DictReader(file) if row["pass"] != args.only]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, known[0], lineterminator="\n")
         writer.writeheader()

@@ -39,6 +39,13 @@ def test_a_short_run_leaves_its_file(bench, tmp_path, capsys, threads):
         assert float(row["seconds"]) > 0
         assert row["time_over_ours"] == "1.0" or row["variant"] != "fla_ops"
         assert row["tokens"] == ("9" if row["pass"] == bench.TRAINING else "5")
+    other = [row for row in rows if row["pass"] == bench.TRAINING]
+    again = bench.write(
+        [{**rows[0], "pass": bench.GENERATION}],
+        bench.parse([*SMALL, "--only", bench.GENERATION, "--out", str(tmp_path)]),
+    )
+    with again.open() as file:
+        assert [row for row in csv.DictReader(file) if row["pass"] == bench.TRAINING] == other
 
 
 def test_variants_that_disagree_are_an_error(bench):
