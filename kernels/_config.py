@@ -176,3 +176,25 @@ def temporal_sparse_attention_config(kind: str, D: int, dtype: torch.dtype, arch
     if kind == "keys" or D > 64:
         return LaunchConfig(BT=32, BK=32, num_warps=8 if D > 64 else 4, num_stages=stages)
     return LaunchConfig(BT=64, BK=64, num_warps=4, num_stages=stages)
+
+
+@functools.cache
+def decode_attention_config(rows: int, D: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
+    """One program a key head, BT of its rows of queries and a split of its keys, BK of them at a time.
+
+    D is the wider of the head dimensions, rounded up; `rows` are a key head's query heads times the tokens. Few rows
+    are the time that the cache takes to read: three programs a multiprocessor, two tiles each on their way.
+    """
+    if INTERPRET:
+        return LaunchConfig(BT=16 if rows <= 16 else 64, BK=64)
+    if dtype.itemsize > 2:
+        return LaunchConfig(BT=16, BK=16, num_warps=4, num_stages=1)
+    BT = 16 if rows <= 16 else 32 if rows <= 32 or D > 128 else 64
+    BK = 64 if _roomy(arch) and D <= 128 else 32
+    return LaunchConfig(BT=BT, BK=BK, num_warps=4, num_stages=1 if arch.startswith("gfx") else 2)
+
+
+@functools.cache
+def decode_combine_config(arch: str) -> LaunchConfig:
+    """One program a row, BT splits at a time."""
+    return LaunchConfig(BT=16, num_warps=_warps(128, arch), num_stages=1)

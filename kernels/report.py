@@ -82,6 +82,14 @@ CASES = (
     Case("temporal_sparse_attention", "float16", {"D": 64}),
     Case("temporal_sparse_attention", "float32", {"D": 64}, targets=ALL),
     Case("temporal_sparse_attention", "float64", {"D": 64}),
+    Case("decode_attention", "bfloat16", {"D": 128, "split": True}, targets=ALL, short=True),
+    Case("decode_attention", "bfloat16", {"D": 128, "Tq": 64, "lengths": True}),
+    Case("decode_attention", "bfloat16", {"D": 64, "split": True, "lengths": True}),
+    Case("decode_attention", "bfloat16", {"D": 256, "split": True}, targets=ALL),
+    Case("decode_attention", "float16", {"D": 128, "Tq": 8}),
+    Case("decode_attention", "float32", {"D": 128, "split": True}, targets=ALL),
+    Case("decode_attention", "float32", {"D": 256, "Tq": 8}),
+    Case("decode_attention", "float64", {"D": 64}),
 )
 
 
@@ -238,12 +246,23 @@ def temporal_sparse_attention(
     }
 
 
+def decode_attention(dtype, *, D, B=2, Tq=1, T=8192, HK=2, GQA=4, lengths=False, split=False) -> dict:
+    """As `delta_rule`; GQA query heads share a key head. The caches are slices of wider ones."""
+    from . import decode_attention as op
+
+    q = torch.zeros(B, Tq, HK * GQA, D, dtype=dtype)
+    k, v = torch.zeros(B, T, 2, HK, D, dtype=dtype).unbind(2)
+    n = torch.full((B,), T) if lengths else None
+    return {"decode": lambda: op.forward(q, k, v, lengths=n, scale=0.125)}
+
+
 PASSES = {
     "delta_rule": delta_rule,
     "delta_product": delta_product,
     "causal_conv1d": causal_conv1d,
     "selective_scan": selective_scan,
     "temporal_sparse_attention": temporal_sparse_attention,
+    "decode_attention": decode_attention,
 }
 
 
