@@ -56,7 +56,7 @@ def split_kernel(
     v += batch * v_b + key_head * v_h
 
     token, head, live = rows_of_queries(block, key_head, Tq, GROUP, BM)
-    limit = length - Tq + token + 1  # a row sees the keys before it
+    limit = tl.where(live, length - Tq + token + 1, 0)  # a row sees the keys before it
     newest = tl.minimum(block * BM + BM, Tq * GROUP) - 1
     begin = first_of_segment(split, SPAN)
     last = tl.minimum(begin + SPAN, length - Tq + newest // GROUP + 1)
