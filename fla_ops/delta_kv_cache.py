@@ -9,6 +9,7 @@ from . import _checks
 from ._backend import Backend, resolve
 
 _BACKENDS = (
+    Backend("triton", "fla_ops.kernels.delta_kv_cache", ("cuda",), on_request=("cpu",), switch="TRITON_INTERPRET"),
     Backend("native", "fla_ops._native.delta_kv_cache", devices=("cpu",)),
     Backend("reference", "fla_ops.reference.delta_kv_cache"),
 )
@@ -44,7 +45,7 @@ class DeltaKVCache:
         window_mode: "band", the exact keys j of query i are those with i - j < window; or "block", those with
             j // window == i // window.
         max_len: tokens a row may come to. Memory for their values is taken at once. None: no limit, it grows.
-        backend: "auto", "native" or "reference" (which keeps every key); a named one runs or raises.
+        backend: "auto", "triton", "native" or "reference" (which keeps every key); a named one runs or raises.
 
     Raises:
         ValueError, TypeError: a wrong value or type; the message names the argument.
@@ -76,7 +77,7 @@ class DeltaKVCache:
         self.window: int | None = None  # in tokens, known from the first append on
         self.length = 0  # tokens appended, masked ones included
         self._store = None
-        self._positions: torch.Tensor | None = None  # of the queries that may come, `[B, queries]`
+        self._positions: torch.Tensor | None = None  # of the queries that may come, `[B, queries]`, on the host
         self._kept: torch.Tensor | None = None  # which of `length` tokens were not masked, `[B, length]`; None: all
 
     @property
@@ -132,7 +133,7 @@ class DeltaKVCache:
             self._start(k, v)
         self._store.append(k, v, keep)
         self._remember(keep, batch, tokens)
-        self._positions = _positions(before, keep, tokens)[:, tokens - queries :].contiguous().to(k.device)
+        self._positions = _positions(before, keep, tokens)[:, tokens - queries :].contiguous()
         self._store.seal(self._exact_from(self._first_queries()))
 
     def attend(self, q: torch.Tensor, *, scale: float | None = None) -> torch.Tensor:
@@ -224,7 +225,7 @@ class DeltaKVCache:
             self.window = max(1, round(self._asked_window * k.shape[1])) if fraction else self._asked_window
         exact = torch.promote_types(k.dtype, torch.float32)
         threshold = torch.as_tensor(self.threshold, dtype=exact, device=k.device).expand(heads, D)
-        impl = resolve("delta_kv_cache", self.backend, k.device.type, k.dtype)
+        impl = resolve("delta_kv_cache", self.backend, k.device.type, k.dtype, D, v.shape[3])
         self._store = impl.Store(k, v, threshold, self.sink, self.max_len)
         self._sizes = (k.shape[0], heads, D, v.shape[3])
         self._dtype, self._device = k.dtype, k.device

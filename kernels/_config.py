@@ -198,3 +198,20 @@ def decode_attention_config(rows: int, D: int, dtype: torch.dtype, arch: str) ->
 def decode_combine_config(arch: str) -> LaunchConfig:
     """One program a row, BT splits at a time."""
     return LaunchConfig(BT=16, num_warps=_warps(128, arch), num_stages=1)
+
+
+@functools.cache
+def delta_cache_attend_config(rows: int, D: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
+    """As `decode_attention_config`: BK recent keys at a time; records come in words of 32."""
+    if INTERPRET:
+        return LaunchConfig(BT=16 if rows <= 16 else 64, BK=64)
+    if dtype.itemsize > 2:
+        return LaunchConfig(BT=16, BK=16, num_warps=4, num_stages=1)
+    BT = 16 if rows <= 16 else 32 if rows <= 32 or D > 128 else 64
+    return LaunchConfig(BT=BT, BK=32, num_warps=4, num_stages=1 if arch.startswith("gfx") else 2)
+
+
+@functools.cache
+def delta_cache_copy_config(D: int, arch: str) -> LaunchConfig:
+    """One program a key head and BT new tokens, or a record."""
+    return LaunchConfig(BT=64 if INTERPRET else max(1, 4096 // D), num_warps=_warps(128, arch), num_stages=1)
