@@ -202,13 +202,19 @@ def decode_combine_config(arch: str) -> LaunchConfig:
 
 @functools.cache
 def delta_cache_attend_config(rows: int, D: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
-    """As `decode_attention_config`: BK recent keys at a time; records come in words of 32."""
+    """As `decode_attention_config`: BK recent keys at a time; records come in words of 32.
+
+    A thread unpacks 32 elements of a tile, each by itself. With 168 registers three programs share a multiprocessor.
+    """
     if INTERPRET:
         return LaunchConfig(BT=16 if rows <= 16 else 64, BK=64)
     if dtype.itemsize > 2:
-        return LaunchConfig(BT=16, BK=16, num_warps=4, num_stages=1)
+        return LaunchConfig(BT=16, BK=16, num_warps=8, num_stages=1)
     BT = 16 if rows <= 16 else 32 if rows <= 32 or D > 128 else 64
-    return LaunchConfig(BT=BT, BK=32, num_warps=4, num_stages=1 if arch.startswith("gfx") else 2)
+    warps = 4 if BT == 16 and D <= 128 else 8
+    registers = 168 if warps == 4 and arch.startswith("sm_") else None
+    stages = 1 if arch.startswith("gfx") else 2
+    return LaunchConfig(BT=BT, BK=32, num_warps=warps, num_stages=stages, max_registers=registers)
 
 
 @functools.cache

@@ -4,7 +4,7 @@
 A channel's list begins with its first key's value and goes on with the values that fired; the lists of a record lie one
 behind the other in a pool, in the keys' dtype. A bitmap says at which keys the channel fired, in words of 32 keys; the
 first key has no bit. So key t of channel c is value number popcount(bits of c up to t) of the list: no key depends on
-another, and an element costs one load. Where a channel's list begins follows from the bitmaps too.
+another, and an element costs one load.
 """
 
 import triton
@@ -25,42 +25,44 @@ def popcount(x):
 
 
 @triton.jit
-def load_words(bits, D: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr):
-    """A record's bitmap, [4, D]: for each BC channels in turn a tile [BC] for each word."""
-    tiles = ()
-    for i in tl.static_range(BD // BC):
-        column = i * BC + tl.arange(0, BC)
-        for w in tl.static_range(WORDS):
-            word = tl.load(bits + w * D + column, mask=column < D, other=0)
-            tiles = tiles + (word.to(tl.uint32, bitcast=True),)
-    return tiles
+def word_of(bits, starts, record, w, column, D: tl.constexpr):
+    """Word w of a record's bitmap, and in the upper half where the lists go on with it, for the channels `column`.
+
+    `bits` is [records, D, 4], `starts` [records, D]: where the lists begin in the record, in 16 bits. One thread loads
+    a channel's whole bitmap and hands on one number. The gather, of every element from its own place, sees to that:
+    without it each thread would work this out for every key that it unpacks, or exchange whole tiles of it.
+    """
+    u = tl.arange(0, WORDS)
+    live = column < D
+    at = bits + (record * D + column)[:, None] * WORDS + u[None, :]
+    words = tl.load(at, mask=live[:, None], other=0).to(tl.uint32, bitcast=True)
+    start = tl.load(starts + record * D + column, mask=live, other=0).to(tl.int32) & 0xFFFF
+    start += tl.sum(tl.where((u < w)[None, :], popcount(words), 0), 1)
+    word = tl.sum(tl.where((u == w)[None, :], words, 0), 1)
+    both = (start.to(tl.int64) << 32) | word.to(tl.int64)
+    return tl.gather(both, tl.arange(0, column.shape[0]), 0)
 
 
 @triton.jit
-def list_sizes(words, i: tl.constexpr, D: tl.constexpr, BC: tl.constexpr):
-    """[BC]: how many values the channels from i * BC on have."""
-    count = tl.where(i * BC + tl.arange(0, BC) < D, 1, 0)
-    for w in tl.static_range(WORDS):
-        count += popcount(words[i * WORDS + w])
-    return count
+def places(words, key):
+    """[channels, 32]: where the values of a word's keys are in the record; `words` as `word_of` has them.
 
-
-@triton.jit
-def list_starts(words, D: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr):
-    """For each BC channels a tile [BC]: where their lists begin in the record."""
-    starts = ()
-    before = 0
-    for i in tl.static_range(BD // BC):
-        count = list_sizes(words, i, D, BC)
-        starts = starts + (before + tl.cumsum(count, 0) - count,)
-        before += tl.sum(count, 0)
-    return starts
-
-
-@triton.jit
-def places(start, word):
-    """[BC, 32]: where the values of a word's keys are; `start` is where the lists' values before the word are, or their
-    first ones."""
-    t = tl.arange(0, WORD)
+    `key` is any number that is 0 modulo 32. What LLVM knows of it, it knows of the bits below, and no longer sees that
+    they are counted.
+    """
+    words = words[:, None]
+    t = (key + tl.arange(0, WORD)) & 31
     up_to = tl.full([WORD], 0xFFFFFFFF, tl.uint32) >> (31 - t).to(tl.uint32)
-    return start[:, None] + popcount(word[:, None] & up_to[None, :])
+    return (words >> 32).to(tl.int32) + popcount(words.to(tl.uint32) & up_to[None, :])
+
+
+@triton.jit
+def held_columns(values, bits, starts, record, w, key, first, D: tl.constexpr, BC: tl.constexpr):
+    """[BC, 32]: the held keys of a word of a record, transposed, for channels from `first` on; `values` are the
+    record's, in the pool, and `key` as `places` has it."""
+    column = first + tl.arange(0, BC)
+    at = values + places(word_of(bits, starts, record, w, column, D), key)
+    if D % BC == 0:
+        return tl.load(at)  # there is no channel beyond D
+    else:
+        return tl.load(at, mask=(column < D)[:, None], other=0)

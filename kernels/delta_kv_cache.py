@@ -18,7 +18,7 @@ from ._config import delta_cache_attend_config, delta_cache_copy_config, tempora
 from ._decode import channels_of, combine, load_queries, new_parts, rows_of_queries, scores, split_keys, store_outputs
 from ._launch import arch, cdiv, constexprs, launch, on_device, precision
 from ._launch import why_not as _why_not_here
-from ._records import RECORD, WORD, WORDS, list_starts, load_words, places, popcount
+from ._records import RECORD, WORD, WORDS, held_columns, places, word_of
 from ._scan import first_of_segment, load_run, when
 from ._sparse import LOG2_E, block_of, is_near, load_rows, rows_of, window_start
 from ._tiles import cast, dot, softmax_step
@@ -118,43 +118,42 @@ def record_of(state, HK, most):
     return row, slot + tl.cast(number, tl.int64) * RECORD, tl.where(number < count, record, -1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most"])
 def mark_kernel(
     held,  # [B, HK, held_slots, D] as integers
-    bits,  # [B, HK, blocks, 4, D]; written
-    sizes,  # [B, HK, most]; written
+    bits,  # [B, HK, blocks, D, 4]; written
+    starts,  # [B, HK, blocks, D]; written
+    sizes,  # [B, HK, most], zeros; written
     state,  # as `record_of` has it
     HK, most, held_slots, blocks,
     D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Where the channels of new records fire, and how many values there are."""
+    """Where the channels of new records fire, where their lists begin, and how many values there are."""
     row, slot, record = record_of(state, HK, most)
-    if record < 0:
-        tl.store(sizes + tl.program_id(0), 0)
-    else:
+    if record >= 0:
         column = tl.arange(0, BD)
         live = column < D
-        held += (row * held_slots + slot) * D + column[None, :]
-        bits += (row * blocks + record) * (WORDS * D) + column
+        keys = held + (row * held_slots + slot) * D + column[None, :]
+        record += row * blocks
         size = tl.where(live, 1, 0)
         for w in tl.static_range(WORDS):
             t = w * WORD + tl.arange(0, WORD)
             mask = (t > 0)[:, None] & live[None, :]
-            now = tl.load(held + t.to(tl.int64)[:, None] * D, mask=mask, other=0)
-            before = tl.load(held + (t.to(tl.int64) - 1)[:, None] * D, mask=mask, other=0)
+            now = tl.load(keys + t.to(tl.int64)[:, None] * D, mask=mask, other=0)
+            before = tl.load(keys + (t.to(tl.int64) - 1)[:, None] * D, mask=mask, other=0)
             fired = tl.where(now != before, 1, 0)
             word = tl.sum(fired.to(tl.uint32) << (t - w * WORD).to(tl.uint32)[:, None], 0)
-            tl.store(bits + w * D, word.to(tl.int32, bitcast=True), mask=live)
+            tl.store(bits + (record * D + column) * WORDS + w, word.to(tl.int32, bitcast=True), mask=live)
             size += tl.sum(fired, 0)
+        tl.store(starts + record * D + column, (tl.cumsum(size, 0) - size).to(tl.int16), mask=live)
         tl.store(sizes + tl.program_id(0), tl.sum(size, 0))
 
 
 @triton.jit(do_not_specialize=["most"])
 def pack_kernel(
-    held,  # as `mark_kernel` has it
-    bits,  # [B, HK, blocks, 4, D]
+    held, bits, starts,  # as `mark_kernel` has them
     sizes,  # [B, HK, most]
-    starts,  # [B, HK, most], in the pool
+    ends,  # [B, HK, most], of records in the pool
     pool,  # integers; written
     where,  # [B, HK, blocks, 2]: start and size of each record; written
     state,  # as `record_of` has it
@@ -163,61 +162,72 @@ def pack_kernel(
 ):  # fmt: skip
     row, slot, record = record_of(state, HK, most)
     if record >= 0:
-        start = tl.load(starts + tl.program_id(0))
-        tl.store(where + (row * blocks + record) * 2, start)
-        tl.store(where + (row * blocks + record) * 2 + 1, tl.load(sizes + tl.program_id(0)))
+        record += row * blocks
+        size = tl.load(sizes + tl.program_id(0))
+        begin = tl.load(ends + tl.program_id(0)) - size
+        tl.store(where + record * 2, begin)
+        tl.store(where + record * 2 + 1, size)
         column = tl.arange(0, BD)
-        words = load_words(bits + (row * blocks + record) * (WORDS * D), D, BD, BD)
-        first = list_starts(words, D, BD, BD)[0]
-        held += (row * held_slots + slot) * D + column[:, None]
+        live = column < D
+        keys = held + (row * held_slots + slot) * D + column[:, None]
         t = tl.arange(0, WORD)
         for w in tl.static_range(WORDS):
-            word = words[w]
-            at = places(first, word)
-            fired = (word[:, None] >> t.to(tl.uint32)[None, :]) & 1
-            begins = (t + w * WORD)[None, :] == 0
-            mask = ((fired != 0) | begins) & (column < D)[:, None]
-            x = tl.load(held + (t + w * WORD).to(tl.int64)[None, :] * D, mask=mask, other=0)
-            tl.store(pool + start + at, x, mask=mask)
-            first += popcount(word)
+            words = word_of(bits, starts, record, w, column, D)
+            fired = (words[:, None] >> t.to(tl.int64)[None, :]) & 1
+            mask = ((fired != 0) | (t + w * WORD == 0)[None, :]) & live[:, None]
+            x = tl.load(keys + (t + w * WORD).to(tl.int64)[None, :] * D, mask=mask, other=0)
+            tl.store(pool + begin + places(words, 0), x, mask=mask)
 
 
 @triton.jit
-def held_columns(pool, start, word, live):
-    """([BC, 32] held keys of a word, transposed; where the lists go on)."""
-    return tl.load(pool + places(start, word), mask=live[:, None], other=0), start + popcount(word)
+def held_keys(pool, bits, starts, where, key, D: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr):
+    """Tiles [BC, 32]: the 32 held keys from `key` on."""
+    number = key // RECORD
+    w = key // WORD - number * WORDS
+    record = tl.cast(number, tl.int64)
+    values = pool + tl.load(where + record * 2)
+    tiles = ()
+    for i in tl.static_range(BD // BC):
+        tiles = tiles + (held_columns(values, bits, starts, record, w, key, i * BC, D, BC),)
+    return tiles
+
+
+@triton.jit
+def products(queries, x, PRECISION: tl.constexpr):
+    """[BM, 32] products of queries [BM, BC] with held keys. Triton fails to make a matrix product of float64 elements
+    whose place depends on narrower ones."""
+    if x.dtype == tl.float64:
+        return tl.sum(queries[:, :, None] * x[None, :, :], 1)
+    else:
+        return dot(queries, x, None, PRECISION)
 
 
 @triton.jit
 def attend_records(
-    m, l, acc, queries, pool, bits, where, v, sinks, sink, begin, end,
+    m, l, acc, queries, pool, bits, starts, where, v, sinks, sink, begin, end,
     FACTOR: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr,
     SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The records of the keys [begin, end), which all rows see; the first `sink` keys as they came."""
-    for key in range(begin, end, RECORD):
-        record = tl.cast(key // RECORD, tl.int64)
-        values_of = pool + tl.load(where + record * 2)
-        words = load_words(bits + record * (WORDS * D), D, BD, BC)
-        starts = list_starts(words, D, BD, BC)
-        for w in tl.static_range(WORDS):
-            j = key + w * WORD + tl.arange(0, WORD)
-            following = ()
+    if begin < end:
+        keys = held_keys(pool, bits, starts, where, begin, D, BD, BC)
+        for key in range(begin, end, WORD):
+            # On their way while these are worked on: what their places depend on has to arrive before they can leave.
+            next_key = tl.minimum(key + WORD, end - WORD)
+            following = held_keys(pool, bits, starts, where, next_key, D, BD, BC)
+            s = tl.zeros([m.shape[0], WORD], m.dtype)
             for i in tl.static_range(BD // BC):
-                column = i * BC + tl.arange(0, BC)
-                x, start = held_columns(values_of, starts[i], words[i * WORDS + w], column < D)
-                following = following + (start,)
+                x = keys[i]
                 if SINKS:
+                    j = key + tl.arange(0, WORD)
+                    column = i * BC + tl.arange(0, BC)
                     mask = (column < D)[:, None] & (j < sink)[None, :]
                     exact = tl.load(sinks + j.to(tl.int64)[None, :] * D + column[:, None], mask=mask, other=0)
                     x = tl.where((j < sink)[None, :], exact, x)
-                if i == 0:
-                    s = dot(queries[i], x, None, PRECISION)
-                else:
-                    s += dot(queries[i], x, None, PRECISION)
-            starts = following
+                s += products(queries[i], x, PRECISION)
+            keys = following
             m, l, p, alpha = softmax_step(m, l, s * FACTOR)
-            values = load_rows(v, DV, key + w * WORD, end, DV, BV, WORD)
+            values = load_rows(v, DV, key, end, DV, BV, WORD)
             acc = dot(cast(p, v.dtype.element_ty), values, acc * alpha[:, None], PRECISION)
     return m, l, acc
 
@@ -245,7 +255,7 @@ def attend_recent(
 @triton.jit(do_not_specialize=["Tq", "S", "SPAN", "window", "sink", "width"])
 def attend_kernel(
     q,  # [B, Tq, HQ, D]
-    pool, bits, where,  # the records, as `pack_kernel` has them
+    pool, bits, starts, where,  # the records, as `pack_kernel` has them
     recent, held,  # as `hold_kernel` has them
     values,  # [B, HK, room, DV]
     sinks,  # [B, HK, sink, D] or None
@@ -273,6 +283,7 @@ def attend_kernel(
     held += (row * held_slots + shift + 1) * D
     v = values + row * room * DV
     bits += row * blocks * (WORDS * D)
+    starts += row * blocks * D
     where += row * blocks * 2
 
     token, head, live = rows_of_queries(tile, key_head, Tq, GROUP, BM)
@@ -290,12 +301,12 @@ def attend_kernel(
     if sinks is not None:
         after_sinks = tl.minimum(tl.maximum(tl.cdiv(sink, RECORD) * RECORD, begin), sealed_end)
         m, l, acc = attend_records(
-            m, l, acc, queries, pool, bits, where, v, sinks + row * sink * D, sink, begin, after_sinks, FACTOR, D, DV,
-            BD, BV, BC, True, PRECISION,
+            m, l, acc, queries, pool, bits, starts, where, v, sinks + row * sink * D, sink, begin, after_sinks, FACTOR,
+            D, DV, BD, BV, BC, True, PRECISION,
         )  # fmt: skip
     m, l, acc = attend_records(
-        m, l, acc, queries, pool, bits, where, v, sinks, sink, after_sinks, sealed_end, FACTOR, D, DV, BD, BV, BC,
-        False, PRECISION,
+        m, l, acc, queries, pool, bits, starts, where, v, sinks, sink, after_sinks, sealed_end, FACTOR, D, DV, BD, BV,
+        BC, False, PRECISION,
     )  # fmt: skip
     first = tl.maximum(begin, sealed)
     near = tl.cdiv(tl.maximum(window_start(newest, window, BLOCKS), 0), BN) * BN
@@ -311,22 +322,21 @@ def attend_kernel(
     store_outputs(o, parts, norms, m, l, acc, i >= begin, batch, token, head, live, split, Tq, HQ, S, DV, BV, SPLIT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most", "T"])
 def unpack_kernel(
-    pool, bits, where,  # as `pack_kernel` has them
+    pool, bits, starts, where,  # as `pack_kernel` has them
     k,  # [B, HK, T, D]; written where keys are in records
-    state,  # [B, 3], as `record_of` has it
+    state,  # as `record_of` has it
     HK, most, blocks, T,
     D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     row, slot, record = record_of(state, HK, most)
     if record >= 0:
+        record += row * blocks
         column = tl.arange(0, BD)
-        words = load_words(bits + (row * blocks + record) * (WORDS * D), D, BD, BD)
-        start = list_starts(words, D, BD, BD)[0]
-        values_of = pool + tl.load(where + (row * blocks + record) * 2)
+        values = pool + tl.load(where + record * 2)
         for w in tl.static_range(WORDS):
-            x, start = held_columns(values_of, start, words[w], column < D)
+            x = held_columns(values, bits, starts, record, w, 0, 0, D, BD)
             t = slot + w * WORD + tl.arange(0, WORD)
             tl.store(k + (row * T + t)[None, :] * D + column[:, None], x, mask=(column < D)[:, None])
 
@@ -362,13 +372,14 @@ class Store:
         self.sinks = k.new_zeros(batch, heads, sink, D) if sink else None
         self.pool = k.new_empty(0)
         self.used = 0  # elements of `pool`
-        self.bits = torch.empty(batch, heads, 0, WORDS.value, D, dtype=torch.int32, device=k.device)
+        self.bits = torch.empty(batch, heads, 0, D, WORDS.value, dtype=torch.int32, device=k.device)
+        self.starts = torch.empty(batch, heads, 0, D, dtype=torch.int16, device=k.device)
         self.where = torch.empty(batch, heads, 0, 2, dtype=torch.int64, device=k.device)
 
     @property
     def nbytes(self) -> int:
-        kept = (self.recent, self.held, self.values, self.pool, self.bits, self.where, self.threshold)
-        return sum(x.nbytes for x in kept) + (0 if self.sinks is None else self.sinks.nbytes)
+        kept = (self.recent, self.held, self.values, self.pool, self.bits, self.starts, self.where)
+        return sum(x.nbytes for x in (*kept, self.threshold, self.sinks) if x is not None)
 
     def append(self, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor | None) -> None:
         batch, tokens, heads, D = k.shape
@@ -432,9 +443,9 @@ class Store:
                 BN=config.BK, BLOCKS=blocks, SPLIT=splits > 1, PRECISION=precision(q.dtype), **config.options,
             )  # fmt: skip
             args = (
-                q, self.pool, self.bits, self.where, self.recent, self.held, self.values, self.sinks, state, o, parts,
-                norms, Tq, HQ, HK, splits, span, window, self._sink(), state.shape[1], self.where.shape[2],
-                self.recent.shape[2], self.held.shape[2], self.values.shape[2], *q.stride()[:3],
+                q, self.pool, self.bits, self.starts, self.where, self.recent, self.held, self.values, self.sinks,
+                state, o, parts, norms, Tq, HQ, HK, splits, span, window, self._sink(), state.shape[1],
+                self.where.shape[2], self.recent.shape[2], self.held.shape[2], self.values.shape[2], *q.stride()[:3],
             )  # fmt: skip
             launch(attend_kernel, (programs * splits,), args, constants)
             combine(parts, norms, o, DV, BV)
@@ -447,7 +458,7 @@ class Store:
     def reorder(self, indices: list[int]) -> None:
         """Rows of the batch share records that they have in common: those are never written again."""
         index = torch.tensor(indices, dtype=torch.int64).to(self.values.device)
-        for name in ("recent", "held", "values", "sinks", "bits", "where"):
+        for name in ("recent", "held", "values", "sinks", "bits", "starts", "where"):
             x = getattr(self, name)
             setattr(self, name, None if x is None else x.index_select(0, index))
         for name in ("first", "sealed", "held_to", "lengths"):
@@ -465,7 +476,7 @@ class Store:
         most = max(counts, default=0)
         if most:
             state = self._on_device((0, 0, count) for count in counts)
-            args = (self.pool, self.bits, self.where, k, state, heads, most, self.where.shape[2], T)
+            args = (self.pool, self.bits, self.starts, self.where, k, state, heads, most, self.where.shape[2], T)
             self._launch(unpack_kernel, batch * heads * most, args)
         v = self.values[:, :, :T].clone()
         for b, (exact, length) in enumerate(zip(exact_from, self.lengths, strict=True)):
@@ -541,22 +552,21 @@ class Store:
         have = self.where.shape[2]
         if blocks > have:
             room = max(_more(have, blocks), (self.max_len or 0) // RECORD.value)
-            self.bits, self.where = _grown(self.bits, room, 2), _grown(self.where, room, 2)
+            self.bits, self.starts, self.where = (_grown(x, room, 2) for x in (self.bits, self.starts, self.where))
         most = max(counts)
         # The first held key of a row is a slot behind its place among the recent ones.
         rows = zip(self.first, self.sealed, counts, strict=True)
         state = self._on_device((first + 1, sealed // RECORD.value, count) for first, sealed, count in rows)
-        sizes = torch.empty(batch, heads, most, dtype=torch.int64, device=self.where.device)
+        sizes = torch.zeros(batch, heads, most, dtype=torch.int64, device=self.where.device)
         held = self.held.view(_INTEGERS[self.held.dtype.itemsize])
         shape = (heads, most, slots, self.where.shape[2])
-        self._launch(mark_kernel, sizes.numel(), (held, self.bits, sizes, state, *shape))
+        self._launch(mark_kernel, sizes.numel(), (held, self.bits, self.starts, sizes, state, *shape))
         ends = sizes.flatten().cumsum(0)
-        need = self.used + int(ends[-1])
+        need = self.used + int(ends[-1])  # the host waits here, once in 128 tokens
         if need > self.pool.shape[0]:
             self.pool = _grown(self.pool, _more(self.used, need), 0)
-        starts = self.used + ends.view_as(sizes) - sizes
-        pool = self.pool.view(held.dtype)
-        args = (held, self.bits, sizes, starts, pool, self.where, state, *shape)
+        ends += self.used
+        args = (held, self.bits, self.starts, sizes, ends, self.pool.view(held.dtype), self.where, state, *shape)
         self._launch(pack_kernel, sizes.numel(), args)
         self.used = need
 
