@@ -201,6 +201,7 @@ def record(benchmark, request):
             "exactness": notes.get(variant, ""),
         }
         info |= exponentials(case, timing.median)
+        info |= dict.fromkeys(("cache_mib", "dense_mib", "append_us"), "") | remarks(case)
         if bench_cases.device() == "cuda":
             info["peak_mib"] = timing.peak_mib
         benchmark.extra_info.update(info | provenance())
@@ -214,6 +215,11 @@ def exponentials(case: bench_cases.Case, seconds: float) -> dict[str, float | st
     count = bench_cases.exponentials(case)
     gexps, limit = count / seconds / 1e9, exp_rate() if count else None
     return {"gexp_s": round(gexps, 3) if count else "", "share_of_exp": round(gexps / limit, 3) if limit else ""}
+
+
+@functools.cache
+def remarks(case: bench_cases.Case) -> dict[str, float]:
+    return bench_cases.remarks(case)
 
 
 # What is kept.

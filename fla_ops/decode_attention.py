@@ -7,6 +7,7 @@ from . import _checks
 from ._backend import Backend, resolve
 
 _BACKENDS = (
+    Backend("triton", "fla_ops.kernels.decode_attention", ("cuda",), on_request=("cpu",), switch="TRITON_INTERPRET"),
     Backend("native", "fla_ops._native.decode_attention", devices=("cpu",)),
     Backend("reference", "fla_ops.reference.decode_attention"),
 )
@@ -35,7 +36,7 @@ def exact_decode_attention(
         lengths: int32 or int64 `[B]`, the valid keys of each row, the newest token's among them. None: all of T. What
             lies behind is never read. A query before the row's first key, where a length is below Tq, gives 0.
         scale: of the scores, default D**-0.5.
-        backend: "auto", "native" or "reference"; a named one runs or raises.
+        backend: "auto", "triton", "native" or "reference"; a named one runs or raises.
 
     Returns:
         o `[B, Tq, HQ, DV]`, or `[B, HQ, DV]` for a step, in q's dtype; the arithmetic is float32 (float64 for float64).
@@ -54,7 +55,7 @@ def exact_decode_attention(
     _check_shapes(op, q, k, v)
     scale = _checks.scale_or_default(op, scale, q.shape[3])
     lengths = _checks.lengths(op, lengths, q.shape[0], k.shape[1], q.device)
-    impl = resolve("decode_attention", backend, q.device.type, q.dtype)
+    impl = resolve("decode_attention", backend, q.device.type, q.dtype, q.shape[3], v.shape[3])
     run = impl.decode_attention if hasattr(impl, "decode_attention") else impl.forward
     o = run(q, k, v, lengths=lengths, scale=scale)
     return o.squeeze(1) if step else o

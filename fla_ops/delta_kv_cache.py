@@ -9,6 +9,7 @@ from . import _checks, _sparse_options
 from ._backend import Backend, resolve
 
 _BACKENDS = (
+    Backend("triton", "fla_ops.kernels.delta_kv_cache", ("cuda",), on_request=("cpu",), switch="TRITON_INTERPRET"),
     Backend("native", "fla_ops._native.delta_kv_cache", devices=("cpu",)),
     Backend("reference", "fla_ops.reference.delta_kv_cache"),
 )
@@ -45,7 +46,7 @@ class DeltaKVCache:
             j // window == i // window.
         max_len: tokens a row may come to. Memory for their values is taken at once. None: no limit, it grows.
         rollback: how many of the last tokens `crop` can always take back. That many keys more are kept as they are.
-        backend: "auto", "native" or "reference" (which keeps every key); a named one runs or raises.
+        backend: "auto", "triton", "native" or "reference" (which keeps every key); a named one runs or raises.
 
     Raises:
         ValueError, TypeError: a wrong value or type; the message names the argument.
@@ -77,7 +78,7 @@ class DeltaKVCache:
         self.window: int | None = None  # in tokens, known from the first append on
         self.length = 0  # tokens appended, masked ones included
         self._store = None
-        self._positions: torch.Tensor | None = None  # of the queries that may come, `[B, queries]`
+        self._positions: torch.Tensor | None = None  # of the queries that may come, `[B, queries]`, on the host
         self._kept: torch.Tensor | None = None  # which of `length` tokens were not masked, `[B, length]`; None: all
 
     @property
@@ -133,7 +134,7 @@ class DeltaKVCache:
             self._start(k, v)
         self._store.append(k, v, keep)
         self._remember(keep, batch, tokens)
-        self._positions = _positions(before, keep, tokens)[:, tokens - queries :].contiguous().to(k.device)
+        self._positions = _positions(before, keep, tokens)[:, tokens - queries :].contiguous()
         known = zip(self._first_queries(), self._store.lengths, strict=True)
         self._store.seal(self._exact_from([max(0, min(first, n - self.rollback)) for first, n in known]))
 
@@ -224,7 +225,7 @@ class DeltaKVCache:
         if self.window is None:
             self.window = _sparse_options.in_tokens(self._asked_window, k.shape[1])
         threshold = _sparse_options.per_channel("DeltaKVCache", self.threshold, k).to(k.device)
-        impl = resolve("delta_kv_cache", self.backend, k.device.type, k.dtype)
+        impl = resolve("delta_kv_cache", self.backend, k.device.type, k.dtype, D, v.shape[3])
         self._store = impl.Store(k, v, threshold, self.sink, self.max_len)
         self._sizes = (k.shape[0], heads, D, v.shape[3])
         self._dtype, self._device = k.dtype, k.device

@@ -176,3 +176,48 @@ def temporal_sparse_attention_config(kind: str, D: int, dtype: torch.dtype, arch
     if kind == "keys" or D > 64:
         return LaunchConfig(BT=32, BK=32, num_warps=8 if D > 64 else 4, num_stages=stages)
     return LaunchConfig(BT=64, BK=64, num_warps=4, num_stages=stages)
+
+
+@functools.cache
+def decode_attention_config(rows: int, D: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
+    """One program a key head, BT of its rows of queries and a split of its keys, BK of them at a time.
+
+    D is the wider of the head dimensions, rounded up; `rows` are a key head's query heads times the tokens. Few rows
+    are the time that the cache takes to read: three programs a multiprocessor, two tiles each on their way.
+    """
+    if INTERPRET:
+        return LaunchConfig(BT=16 if rows <= 16 else 64, BK=64)
+    if dtype.itemsize > 2:
+        return LaunchConfig(BT=16, BK=16, num_warps=4, num_stages=1)
+    BT = 16 if rows <= 16 else 32 if rows <= 32 or D > 128 else 64
+    BK = 64 if _roomy(arch) and D <= 128 else 32
+    return LaunchConfig(BT=BT, BK=BK, num_warps=4, num_stages=1 if arch.startswith("gfx") else 2)
+
+
+@functools.cache
+def decode_combine_config(arch: str) -> LaunchConfig:
+    """One program a row, BT splits at a time."""
+    return LaunchConfig(BT=16, num_warps=_warps(128, arch), num_stages=1)
+
+
+@functools.cache
+def delta_cache_attend_config(rows: int, D: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
+    """As `decode_attention_config`: BK recent keys at a time; records come in words of 32.
+
+    A thread unpacks 32 elements of a tile, each by itself. With 168 registers three programs share a multiprocessor.
+    """
+    if INTERPRET:
+        return LaunchConfig(BT=16 if rows <= 16 else 64, BK=64)
+    if dtype.itemsize > 2:
+        return LaunchConfig(BT=16, BK=16, num_warps=8, num_stages=1)
+    BT = 16 if rows <= 16 else 32 if rows <= 32 or D > 128 else 64
+    warps = 4 if BT == 16 and D <= 128 else 8
+    registers = 168 if warps == 4 and arch.startswith("sm_") else None
+    stages = 1 if arch.startswith("gfx") else 2
+    return LaunchConfig(BT=BT, BK=32, num_warps=warps, num_stages=stages, max_registers=registers)
+
+
+@functools.cache
+def delta_cache_copy_config(D: int, arch: str) -> LaunchConfig:
+    """One program a key head and BT new tokens, or a record."""
+    return LaunchConfig(BT=64 if INTERPRET else max(1, 4096 // D), num_warps=_warps(128, arch), num_stages=1)

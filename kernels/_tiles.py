@@ -84,6 +84,17 @@ def spread(bad, dtype: tl.constexpr, LATER: tl.constexpr, PRECISION: tl.constexp
 
 
 @triton.jit
+def softmax_step(m, l, s):
+    """The running maximum m and sum of weights l of rows that go on by scores s [rows, keys] in base 2, -inf where a
+    row sees no key: (m, l, weights of these keys, factor of what was summed before)."""
+    largest = tl.maximum(m, tl.max(s, 1))
+    safe = tl.where(largest == float("-inf"), 0.0, largest)  # no key has had a weight yet
+    p = tl.exp2(s - safe[:, None])
+    alpha = tl.exp2(m - safe)
+    return largest, l * alpha + tl.sum(p, 1), p, alpha
+
+
+@triton.jit
 def sequence_bounds(cu_seqlens, n, T):
     """(first token, length) of packed sequence n. Bad values of cu_seqlens give wrong tokens of [0, T), no others."""
     start = tl.minimum(tl.maximum(tl.load(cu_seqlens + n).to(tl.int64), 0), T)

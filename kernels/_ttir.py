@@ -83,6 +83,8 @@ def narrow_offsets(ttir: str) -> list[str]:
                     constants[name] = constants[operands[0]]
             elif operation == "tt.addptr" and operands[1] in narrow:
                 found.append(narrow[operands[1]])
+            elif operation == "arith.shrui" and constants.get(operands[1], 0) >= 24:
+                continue  # at most 8 bits are left
             elif operation == "arith.muli" and re.search(r": (tensor<[\dx]+xi32>|i32)\s*$", rest):
                 a, b = operands[:2]
                 small = (

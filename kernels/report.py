@@ -82,6 +82,21 @@ CASES = (
     Case("temporal_sparse_attention", "float16", {"D": 64}),
     Case("temporal_sparse_attention", "float32", {"D": 64}, targets=ALL),
     Case("temporal_sparse_attention", "float64", {"D": 64}),
+    Case("decode_attention", "bfloat16", {"D": 128, "split": True}, targets=ALL, short=True),
+    Case("decode_attention", "bfloat16", {"D": 128, "Tq": 64, "lengths": True}),
+    Case("decode_attention", "bfloat16", {"D": 64, "split": True, "lengths": True}),
+    Case("decode_attention", "bfloat16", {"D": 256, "split": True}, targets=ALL),
+    Case("decode_attention", "float16", {"D": 128, "Tq": 8}),
+    Case("decode_attention", "float32", {"D": 128, "split": True}, targets=ALL),
+    Case("decode_attention", "float32", {"D": 256, "Tq": 8}),
+    Case("decode_attention", "float64", {"D": 64}),
+    Case("delta_kv_cache", "bfloat16", {"D": 128, "split": True}, targets=ALL, short=True),
+    Case("delta_kv_cache", "bfloat16", {"D": 128, "Tq": 64, "sink": 4, "window_mode": "block"}),
+    Case("delta_kv_cache", "bfloat16", {"D": 64, "split": True, "sink": 4}),
+    Case("delta_kv_cache", "bfloat16", {"D": 256, "split": True}, targets=ALL),
+    Case("delta_kv_cache", "float16", {"D": 128, "Tq": 8, "masked": True}),
+    Case("delta_kv_cache", "float32", {"D": 128, "split": True}, targets=ALL),
+    Case("delta_kv_cache", "float64", {"D": 64}),
 )
 
 
@@ -238,12 +253,49 @@ def temporal_sparse_attention(
     }
 
 
+def decode_attention(dtype, *, D, B=2, Tq=1, T=1000, HK=2, GQA=4, lengths=False, split=False) -> dict:
+    """As `delta_rule`; GQA query heads share a key head. The caches are slices of wider ones."""
+    from . import decode_attention as op
+
+    q = torch.zeros(B, Tq, HK * GQA, D, dtype=dtype)
+    k, v = torch.zeros(B, T, 2, HK, D, dtype=dtype).unbind(2)
+    n = torch.full((B,), T) if lengths else None
+    return {"decode": lambda: op.forward(q, k, v, lengths=n, scale=0.125)}
+
+
+def delta_kv_cache(
+    dtype, *, D, B=2, Tq=1, T=1000, HK=2, GQA=4, sink=0, window_mode="band", masked=False, split=False
+) -> dict:
+    """As `delta_rule`, from a cache of T tokens on: Tq more and their attention, then all keys written out."""
+    from .delta_kv_cache import Store
+
+    q = torch.zeros(B, Tq, HK * GQA, D, dtype=dtype)
+    k, v = (torch.zeros(B, T, HK, D, dtype=dtype) for _ in range(2))
+    threshold = torch.zeros(HK, D, dtype=torch.promote_types(dtype, torch.float32))
+    store = Store(k, v, threshold, sink, None)
+    keep = torch.ones(B, Tq, dtype=torch.bool) if masked else None
+    options = {"window": 100, "window_mode": window_mode, "scale": 0.125}
+
+    def prefill():
+        store.append(k, v, None)
+        store.seal([T - 150] * B)
+
+    return {
+        "prefill": prefill,
+        "append": lambda: store.append(k[:, :Tq], v[:, :Tq], keep),
+        "decode": lambda: store.attend(q, torch.arange(T, T + Tq).expand(B, Tq), **options),
+        "to dense": lambda: store.to_dense([T - 100] * B),
+    }
+
+
 PASSES = {
     "delta_rule": delta_rule,
     "delta_product": delta_product,
     "causal_conv1d": causal_conv1d,
     "selective_scan": selective_scan,
     "temporal_sparse_attention": temporal_sparse_attention,
+    "decode_attention": decode_attention,
+    "delta_kv_cache": delta_kv_cache,
 }
 
 

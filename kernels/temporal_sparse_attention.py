@@ -29,7 +29,7 @@ from ._sparse import (
     store_rows,
     tile_scores,
 )
-from ._tiles import cast, dot, segment_of_slot
+from ._tiles import cast, dot, segment_of_slot, softmax_step
 from .temporal_sparse_attention_backward import backward  # noqa: F401 - this module offers it
 
 MAX_HEAD_DIM = 256
@@ -52,14 +52,9 @@ def attend(
             queries, k, held, i, j, key, last, window, sink, k_t, held_t, D, BD, BN, NEAR, FAR, BLOCKS, PRECISION
         )
         s = tl.where(j[None, :] <= i[:, None], s * FACTOR, float("-inf"))
-        largest = tl.maximum(m, tl.max(s, 1))
-        safe = tl.where(largest == float("-inf"), 0.0, largest)  # no key has had a weight yet
-        p = tl.exp2(s - safe[:, None])
-        alpha = tl.exp2(m - safe)
-        l = l * alpha + tl.sum(p, 1)
+        m, l, p, alpha = softmax_step(m, l, s)
         values = load_rows(v, v_t, key, last, DV, BV, BN)
         acc = dot(cast(p, v.dtype.element_ty), values, acc * alpha[:, None], PRECISION)
-        m = largest
     return m, l, acc
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmarks: baselines compute the op, counts are what can be counted by hand, files keep their rows."""
 
+import argparse
 import csv
 import importlib.util
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 import fla_ops
 from fla_ops._native.selective_scan import BLOCK
-from fla_ops.commands import bench_cases, bench_measure, bench_scan
+from fla_ops.commands import CommandError, bench, bench_cases, bench_decode, bench_measure, bench_scan
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 
@@ -60,6 +61,26 @@ def test_baselines_that_do_not_fit_are_left_out():
     assert not bench_scan.baselines(sizes, False, True, "cpu", False)
 
 
+@pytest.mark.parametrize("zeros", [None, 60])
+def test_decodings_variants_compute_it(zeros):
+    """One of them only measures the machine. Beside a sparse cache, exact attention is another op."""
+    case = bench_cases._decode(1000, zeros, HQ=4, HK=2, D=16)
+    variants = bench_cases.variants(case)
+    assert [v.probe for v in variants].count(True) == 1
+    wrong = bench_measure.check(case, variants)
+    assert not wrong or zeros
+
+
+def test_decodings_inputs_and_work():
+    case = bench_cases._decode(3000, 60, HQ=4, HK=2, D=16)
+    x = bench_cases.inputs(case)
+    same = (x["k"][:, 1:] == x["k"][:, :-1]).double().mean().item()
+    assert abs(same - 0.6) < 0.01
+    assert bench_cases.work(case)[1] == sum(t.nbytes for t in x.values()) + x["q"].nbytes
+    found = bench_cases.remarks(case)
+    assert found["cache_mib"] < found["dense_mib"] and found["append_us"] > 0
+
+
 def test_missing_baselines_are_named(monkeypatch):
     find = importlib.util.find_spec
     gone = ("mambapy", "transformers")
@@ -67,6 +88,13 @@ def test_missing_baselines_are_named(monkeypatch):
     assert bench_cases.missing_baselines("causal_conv1d") == []
     assert bench_cases.missing_baselines("delta_rule") == ["transformers is not installed"]
     assert bench_cases.missing_baselines(None) == ["transformers is not installed", "mambapy is not installed"]
+
+
+def test_a_family_without_a_benchmark_says_so(monkeypatch):
+    monkeypatch.setattr(bench_cases, "cases", lambda: ())
+    given = argparse.Namespace(family="delta_kv_cache", all=False, seconds=1.0)
+    with pytest.raises(CommandError, match=r"there is no benchmark of delta_kv_cache here\."):
+        bench.run(given)
 
 
 def test_a_new_column_keeps_the_old_rows(tmp_path, monkeypatch):
@@ -100,6 +128,9 @@ def test_every_family_has_a_benchmark_and_short_cases():
         for op in bench_cases._THEIRS:
             assert (BENCH / f"bench_{op}.py").exists()
             kinds = {case.kind for case in cases if case.op == op and case.quick}
+            if op in bench_decode.OPS:
+                assert kinds == {bench_cases.DECODE}, op
+                continue
             steps = {bench_cases.STEP} if hasattr(fla_ops, f"{op}_step") else set()
             assert kinds >= {bench_cases.BACKWARD} | steps, op
     labels = [case.group for case in bench_cases._ON_CPU]

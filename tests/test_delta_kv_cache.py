@@ -309,9 +309,9 @@ def test_reorder(backend):
         torch.testing.assert_close(o, want, rtol=1e-4, atol=1e-5)
 
 
-def test_records_that_no_row_needs_are_dropped(native):
+def test_records_that_no_row_needs_are_dropped(backend):
     _, k, v = random_tokens(8, 1024)
-    cache = DeltaKVCache(threshold=0.3, window=20, backend=native)
+    cache = DeltaKVCache(threshold=0.3, window=20, backend=backend)
     cache.append(k, v, queries=1)
     before, dense = cache.nbytes, cache.to_dense()
     cache.reorder(torch.tensor([3, 3]))

@@ -395,3 +395,59 @@ def test_temporal_sparse_attention_offsets_beyond_32_bits(axis, shape, backend):
         expected = run(*near)
         with watched_memory():
             assert all(map(torch.equal, run(*far_apart(near, axis)), expected))
+
+
+@in_interpreter("decode_attention")
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "splits"])
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_decode_attention(monkeypatch, interpreters_rows, tokens, split):
+    """Rows of different lengths in a cache that is longer; nothing behind them is read."""
+    interpreters_rows(False)
+    torch.use_deterministic_algorithms(not split)
+    T = 300
+    q, k, v = (torch.randn(2, n, h, d).bfloat16() for n, h, d in ((tokens, 6, 20), (T, 2, 20), (T, 2, 36)))
+    lengths = [150, 290]
+    for b, n in enumerate(lengths):
+        k[b, n:], v[b, n:] = torch.nan, torch.nan
+    x = [fenced(in_wider_rows(t)) for t in (q, k, v)]
+    with watched_memory() as launches, fenced_allocations(monkeypatch):
+        o = fla_ops.exact_decode_attention(*x, lengths=fenced(torch.tensor(lengths)), backend="triton")
+    assert len(launches) == 1 + split and o.isfinite().all()
+
+
+@in_interpreter("decode_attention")
+@pytest.mark.parametrize("axis", range(3), ids=["batch", "token", "head"])
+def test_decode_attention_offsets_beyond_32_bits(axis):
+    near = [torch.randn(3, 3, 3, 16, dtype=torch.bfloat16) for _ in range(3)]
+    expected = fla_ops.exact_decode_attention(*near, backend="triton")
+    with watched_memory():
+        found = fla_ops.exact_decode_attention(*far_apart(near, axis), backend="triton")
+    assert torch.equal(found, expected)
+
+
+@in_interpreter("delta_kv_cache")
+@pytest.mark.parametrize("sink", [0, 5])
+@pytest.mark.parametrize("D", [20, 128])
+def test_delta_kv_cache(monkeypatch, interpreters_rows, D, sink):
+    interpreters_rows(False)
+    q, k, v = (torch.randn(2, 280, h, d).bfloat16() for h, d in ((2, D), (1, D), (1, 36)))
+    k = k.cumsum(1)
+    mask = torch.ones(2, 280, dtype=torch.bool)
+    mask[1, :30] = False
+    cache = fla_ops.DeltaKVCache(threshold=1.0, window=9, sink=sink, backend="triton")
+    with watched_memory() as launches, fenced_allocations(monkeypatch):
+        for part in (slice(0, 200), slice(200, 201), slice(201, 280)):
+            x = [fenced(in_wider_rows(t[:, part])) for t in (k, v)]
+            cache.append(*x, mask=fenced(mask[:, part].int()), queries=1)
+            o = cache.attend(fenced(in_wider_rows(q[:, part][:, -1])))
+            assert o.isfinite().all()
+        cache.reorder(torch.tensor([1, 1, 0]))
+        dense = cache.to_dense()
+    assert {x.kernel for x in launches} >= {
+        "append_kernel",
+        "hold_kernel",
+        "mark_kernel",
+        "pack_kernel",
+        "attend_kernel",
+    }
+    assert dense.k.isfinite().all() and dense.v.isfinite().all()

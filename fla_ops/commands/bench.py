@@ -60,6 +60,12 @@ def run_short_list(family: str | None, seconds: float) -> int:
         ]
         headers = (case.group, "ms", "CPU ms", "GFLOP/s", "GB/s", f"time / {timings[0].variant.name}")
         print("\n" + tabulate(rows, headers, tablefmt="simple", floatfmt=("", ".3f", ".3f", ".1f", ".1f", "")))
+        if found := bench_cases.remarks(case):
+            ratio = found["dense_mib"] / found["cache_mib"]
+            print(
+                f"The cache takes {found['cache_mib']} MiB where dense keys and values take {found['dense_mib']}: "
+                f"{ratio:.2f} times less. An append of one token takes {found['append_us']} us."
+            )
         for name in notes:
             print(f"* {name}: its results are further from fla_ops' than the tolerance allows")
     return 0

@@ -18,10 +18,10 @@ import fla_ops
 from fla_ops._backend import why_not
 from fla_ops._native import levels
 
-from . import bench_scan, bench_sparse
+from . import bench_decode, bench_scan, bench_sparse
 
 Tensors = dict[str, torch.Tensor]
-FORWARD, BACKWARD, STEP = "forward", "forward+backward", "step"
+FORWARD, BACKWARD, STEP, DECODE = "forward", "forward+backward", "step", "decode"
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Variant:
     call: Callable[[Tensors], object]  # the whole pass on given inputs; returns its output
     ours: bool = False
     level: str | None = None  # of the native CPU kernels
+    probe: bool = False  # a measure of the machine: it computes something else
 
     def context(self) -> contextlib.AbstractContextManager:
         return levels.use(self.level) if self.level else contextlib.nullcontext()
@@ -41,7 +42,7 @@ class Case:
     of steps a token."""
 
     op: str
-    kind: str  # FORWARD, BACKWARD or STEP
+    kind: str  # FORWARD, BACKWARD, STEP or DECODE
     sizes: dict[str, int]
     dtype: torch.dtype = torch.float32
     packed: tuple[int, ...] = ()  # sequence lengths; empty: not packed
@@ -73,6 +74,8 @@ class Case:
             return {"delta_softplus": True}
         if self.op == "temporal_sparse_attention":
             return bench_sparse.options(self.sizes)
+        if self.kind == DECODE:
+            return {}
         if not self.delta:
             return {"activation": "silu"}
         steps = {"num_householder": self.sizes["n"]} if self.op == "delta_product" and self.kind != STEP else {}
@@ -98,6 +101,13 @@ def _scan(kind: str, Di: int, L: int, B: int = 1, **options) -> Case:
 def _sparse(kind: str, T: int, zeros: int, W: int = 64, H: int = 8, D: int = 64, B: int = 1, **options) -> Case:
     sizes = {"B": B, "T": T, "H": H, "D": D, "W": W, "zeros": zeros}
     return Case("temporal_sparse_attention", kind, sizes, **options)
+
+
+def _decode(T: int, zeros: int | None = None, HQ: int = 32, HK: int = 8, D: int = 128, B: int = 1, **options) -> Case:
+    sizes = {"B": B, "T": T, "HQ": HQ, "HK": HK, "D": D}
+    if zeros is None:
+        return Case("decode_attention", DECODE, sizes, **options)
+    return Case("delta_kv_cache", DECODE, sizes | {"zeros": zeros}, **options)
 
 
 _ON_CPU = (
@@ -145,6 +155,11 @@ _ON_CPU = (
     _sparse(FORWARD, 4096, 80, D=128),
     _sparse(FORWARD, 4096, 80, dtype=torch.bfloat16),
     _sparse(BACKWARD, 2048, 80, quick=True),
+    *(
+        _decode(32768, zeros, dtype=dtype, quick=dtype == torch.bfloat16)
+        for zeros in (None, 60, 80)
+        for dtype in (torch.bfloat16, torch.float32)
+    ),
 )
 
 _HALF = {"dtype": torch.bfloat16}
@@ -185,6 +200,8 @@ _ON_GPU = (
     _scan(STEP, 4096, 1, B=64, quick=True, **_HALF),
     *(_sparse(FORWARD, T, 60, W=T // 20, H=32, D=128, quick=True, **_HALF) for T in (4096, 32768)),
     _sparse(BACKWARD, 4096, 60, W=205, H=32, D=128, quick=True, **_HALF),
+    *(_decode(131072, zeros, quick=True, **_HALF) for zeros in (None, 60, 80)),
+    *(_decode(131072, zeros) for zeros in (None, 60)),
 )
 
 
@@ -222,6 +239,8 @@ def inputs(case: Case, length: int | None = None) -> Tensors:
         state = bench_scan.state_shape(s)
     elif case.op == "temporal_sparse_attention":
         x = bench_sparse.inputs(s, case.dtype, T)
+    elif case.kind == DECODE:
+        x = bench_decode.inputs(s, case.dtype, T)
     else:
         x = {"x": rand(s["B"], s["D"]) if case.kind == STEP else rand(s["B"], s["D"], T)}
         x |= {"weight": torch.randn(s["D"], s["W"]) / 2, "bias": torch.randn(s["D"])}
@@ -258,6 +277,8 @@ def work(case: Case) -> tuple[float, float]:
     """
     if case.op == "temporal_sparse_attention":
         return bench_sparse.work(case.sizes, case.dtype.itemsize, case.kind == BACKWARD)
+    if case.kind == DECODE:
+        return bench_decode.work(case.sizes, case.dtype.itemsize)
     if case.op == "selective_scan":
         return bench_scan.work(case.sizes, case.dtype.itemsize, case.kind == STEP, case.kind == BACKWARD)
     s, size = case.sizes, case.dtype.itemsize
@@ -294,14 +315,22 @@ def _pass(case: Case, function: Callable[..., torch.Tensor]) -> Callable[[Tensor
     return torch.no_grad()(lambda x: function(**x))
 
 
-def _ours(case: Case, reference: bool) -> list[Variant]:
+def _call(case: Case, backend: str) -> Callable[..., torch.Tensor]:
+    """The op as a function of its tensors by name, which returns its output."""
+    if case.kind == DECODE:
+        return bench_decode.ours(case.op, backend)
     op = getattr(fla_ops, f"{case.op}_step" if case.kind == STEP else case.op)
-    letters = {"causal_conv1d": "W", "selective_scan": "N", "temporal_sparse_attention": "D"}.get(case.op, "KV")
-    sizes = tuple(case.sizes[letter] for letter in letters)
 
-    def call(backend: str, **x: torch.Tensor) -> torch.Tensor:
+    def call(**x: torch.Tensor) -> torch.Tensor:
         result = op(**x, **case.options, backend=backend)
         return result if case.kind == STEP else result[0]
+
+    return call
+
+
+def _ours(case: Case, reference: bool) -> list[Variant]:
+    letters = {"causal_conv1d": "W", "selective_scan": "N"}.get(case.op, "KV" if case.delta else "D")
+    sizes = tuple(case.sizes[letter] for letter in letters)
 
     found = []
     for backend in ("triton", "native"):
@@ -309,19 +338,18 @@ def _ours(case: Case, reference: bool) -> list[Variant]:
             continue
         if why_not(case.op, backend, device(), case.dtype, sizes) is not None:
             continue
-        run = _pass(case, functools.partial(call, backend))
         if device() == "cuda":
-            found.append(Variant(f"fla_ops {backend}", run, ours=True))
+            found.append(Variant(f"fla_ops {backend}", _pass(case, _call(case, backend)), ours=True))
         else:
             found += [
-                Variant(f"fla_ops native {level}", run, ours=True, level=level)
+                Variant(f"fla_ops native {level}", _pass(case, _call(case, backend)), ours=True, level=level)
                 for level in reversed(levels.available())
             ]
     # Its step loop would take the whole day on a GPU, and on a CPU for the gradients of a long scan; attention's T x T
     # matrices would take the memory.
-    slow = device() == "cuda" or case.kind == BACKWARD and case.sizes.get("L", 0) > 4096 or case.sizes.get("zeros")
+    slow = device() == "cuda" or case.kind == BACKWARD and case.sizes.get("L", 0) > 4096 or "D" in letters
     if not found or (reference and not slow):
-        found.append(Variant("fla_ops reference", _pass(case, functools.partial(call, "reference")), ours=True))
+        found.append(Variant("fla_ops reference", _pass(case, _call(case, "reference")), ours=True))
     return found
 
 
@@ -531,12 +559,29 @@ def _exact_attention(case: Case, compiled: bool) -> list[Variant]:
     return [Variant(name, _pass(case, function)) for name, function in found.items()]
 
 
+def _dense_decoding(case: Case, compiled: bool) -> list[Variant]:
+    found = {} if compiled else bench_decode.baselines(case.op)
+    probes = (
+        [] if compiled else [Variant("a read of dense keys and values", _pass(case, bench_decode.read), probe=True)]
+    )
+    return [Variant(name, _pass(case, function)) for name, function in found.items()] + probes
+
+
+def remarks(case: Case) -> dict[str, float]:
+    """What times do not tell of a case, by the name of a column."""
+    if case.op != "delta_kv_cache":
+        return {}
+    return bench_decode.remarks(case.sizes, case.dtype, device())
+
+
 _THEIRS = {
     "delta_product": _theirs_delta_product,
     "delta_rule": _theirs_delta_rule,
     "causal_conv1d": _theirs_conv,
     "selective_scan": _theirs_scan,
     "temporal_sparse_attention": _exact_attention,
+    "decode_attention": _dense_decoding,
+    "delta_kv_cache": _dense_decoding,
 }
 
 

@@ -14,8 +14,8 @@ import torch
 
 from fla_ops.testing import assert_matches_reference
 
-from . import bench_scan
-from .bench_cases import BACKWARD, STEP, Case, Tensors, Variant, device, inputs
+from . import bench_decode, bench_scan
+from .bench_cases import BACKWARD, DECODE, STEP, Case, Tensors, Variant, device, inputs
 
 CHECK_LENGTH = 192  # tokens: several blocks of any kernel, and little enough for a float64 loop with gradients
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
@@ -50,6 +50,8 @@ _TOKENS = {
 
 def _reference(case: Case, x: Tensors, low: torch.dtype | None) -> tuple[torch.Tensor, ...]:
     """The pass on the reference: in float64, or in the case's dtype with operands rounded to `low`."""
+    if case.kind == DECODE:
+        return (bench_decode.reference(case.op, x, low),)
     op = getattr(importlib.import_module(f"fla_ops.reference.{case.op}"), case.op)
     leaves = {n: t.detach() if n == "cu_seqlens" else t.detach().clone() for n, t in x.items() if n != "do"}
     if low is None:
@@ -79,12 +81,14 @@ def check(case: Case, variants: list[Variant]) -> dict[str, str]:
         if not variant.ours and device() == "cuda":  # a peer tunes itself at its first call: on what will be timed
             with variant.context():
                 variant.call(inputs(case))
-    length = None if case.kind == STEP else CHECK_LENGTH
+    length = {STEP: None, DECODE: 4 * CHECK_LENGTH}.get(case.kind, CHECK_LENGTH)
     x = inputs(case, length)
     low = None if case.dtype == torch.float64 else case.dtype
     ref64, ref_low = _reference(case, x, None), _reference(case, x, low)
     notes = {}
     for variant in variants:
+        if variant.probe:
+            continue
         with variant.context():
             got = variant.call(inputs(case, length))
         got = got if isinstance(got, tuple) else (got,)

@@ -90,7 +90,7 @@ class Store:
         self.sealed = [max(old, new) for old, new in zip(self.sealed, exact_from, strict=True)]
 
     def attend(self, q, positions, *, window, window_mode, scale):
-        rows = []
+        rows, positions = [], positions.to(q.device)
         for b in range(q.shape[0]):
             k, v = self.keys[b][None], self.values[b][None]
             options = {"window": window, "window_mode": window_mode, "sink": self.sink, "scale": scale}
