@@ -119,7 +119,7 @@ def resolve(op: str, backend: str, device: str, dtype: torch.dtype, *sizes: int)
 
 def _choose(op: str, backend: str, device: str, dtype: torch.dtype, *sizes: int) -> str:
     """The attribute of `_loaded` that `resolve` asks for."""
-    return _first_that_runs(op, asked_for(op, backend), device, dtype, sizes)
+    return _first_that_runs(op, _asked_for(op, backend), device, dtype, sizes)
 
 
 @functools.cache  # what can run does not change while a process lives, and every call asks
@@ -154,7 +154,7 @@ def _load(op: str, row: Backend) -> str:
     return attribute
 
 
-def asked_for(op: str, backend: str) -> str:
+def _asked_for(op: str, backend: str) -> str:
     """The backend that the argument, `use_backend` or the environment names, or "auto"."""
     name = _check_name(backend, op)
     if name == "auto":
@@ -166,7 +166,7 @@ def asked_for(op: str, backend: str) -> str:
 
 def warn_reference(op: str, cause: str) -> None:
     """For an option that only the reference has: warn once, or raise if another backend was asked for."""
-    name = asked_for(op, "auto")
+    name = _asked_for(op, "auto")
     if name not in ("auto", "reference"):
         raise RuntimeError(f"{op}: backend {name!r} cannot run here: {cause}.")
     if name == "auto":

@@ -8,7 +8,7 @@ import torch
 
 from . import _checks
 from ._autograd import first_order_only
-from ._backend import Backend, asked_for, resolve
+from ._backend import Backend, resolve
 
 _BACKENDS = (
     Backend("triton", "fla_ops.kernels.selective_scan", ("cuda",), on_request=("cpu",), switch="TRITON_INTERPRET"),
@@ -162,8 +162,9 @@ def selective_scan_step(
     """
     op = "selective_scan_step"
     _checks.no_grad_needed(op, u, delta, A, B, C, D, z, delta_bias, state, time="L")
-    if state_indices is None and backend == "auto":
-        y = _native_step_or_none(u, delta, A, B, C, D, state, z, delta_bias, delta_softplus)
+    if backend == "auto" and state_indices is None and _is_plain_on_cpu(u):
+        cpu_step = getattr(resolve("selective_scan", backend, "cpu", u.dtype), "cpu_step", None)
+        y = cpu_step and _unless_refused(cpu_step, u, delta, A, B, C, D, z, delta_bias, state, delta_softplus)
         if y is not None:
             return y
     u, delta, z, B, C = _checks.autocast(u, delta, z, B, C)
@@ -185,22 +186,24 @@ def selective_scan_step(
     return run(u, delta, A, B, C, D, z=z, delta_bias=delta_bias, **options)
 
 
-def _native_step_or_none(u, delta, A, B, C, D, state, z, delta_bias, delta_softplus) -> torch.Tensor | None:
-    """The native step of plain CPU tensors, or None: there is something to choose, to cast, or to refuse.
+# On a CPU the checks of one token take longer than its arithmetic. The native step refuses by itself whatever they
+# refuse for B and C of two dimensions, and what is wrong is asked only then.
 
-    On a CPU the checks of one token take longer than its arithmetic. The native step refuses what they refuse for B and
-    C of two dimensions; what is wrong is asked only then.
-    """
-    if torch.compiler.is_compiling() or type(u) is not torch.Tensor or not u.is_cpu:
-        return None
-    if torch.is_autocast_enabled("cpu") or asked_for("selective_scan", "auto") != "auto":
-        return None
-    from ._native import selective_scan as native
 
+def _is_plain_on_cpu(u) -> bool:
+    return (
+        type(u) is torch.Tensor
+        and u.is_cpu
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _unless_refused(cpu_step, u, delta, A, B, C, D, z, delta_bias, state, delta_softplus) -> torch.Tensor | None:
     try:
         if B.dim() == C.dim() == 2 and type(delta_softplus) is bool:
-            return native.cpu_step(u, delta, A, B, C, D, z, delta_bias, state, delta_softplus, None)
-    except (AttributeError, TypeError, RuntimeError):  # not a tensor; refused, or not built
+            return cpu_step(u, delta, A, B, C, D, z, delta_bias, state, delta_softplus, None)
+    except (AttributeError, TypeError, RuntimeError):  # no tensor among them, or refused
         pass
     return None
 
