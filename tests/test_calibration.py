@@ -77,7 +77,7 @@ def test_better_than_one_threshold_at_equal_sparsity():
             return (changed(other).logits - model(other).logits).square().mean().sqrt()
 
     assert zeros(model, other, found, window=5) > 0.57
-    assert error(found) < 0.6 * error(high)
+    assert error(found) < 0.7 * error(high)
 
 
 def test_what_it_measures():
