@@ -15,6 +15,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
+from pathlib import Path
 
 import torch
 import triton
@@ -506,6 +507,17 @@ def markdown(found: dict[str, list[Row]]) -> str:
     return "\n\n".join(text) + "\n"
 
 
+def with_kept_sections(text: str, before: str) -> str:
+    """`text` with the sections of `before`, an older table of the same Tritons, of ops that it says nothing of."""
+    (head, *new), (old_head, *old) = (x.rstrip("\n").split("\n\n## ") for x in (text, before))
+    if head != old_head:
+        raise SystemExit("the table that is there is of other versions: write the whole table, without --stem")
+    stems = {section.split(",")[0] for section in new}
+    kept = [section for section in old if section.split(",")[0] not in stems]
+    ordered = sorted(kept + new, key=lambda section: list(PASSES).index(section.split(",")[0]))
+    return "\n\n## ".join([head, *ordered]) + "\n"
+
+
 HEADER = """# What the compiler makes of every kernel
 
 Written by `make report` (`kernels/report.py`), without a GPU, with Triton {versions}; where they differ, a cell holds
@@ -525,7 +537,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--check", action="store_true", help="only the rules, no table")
     parser.add_argument("--json", action="store_true", help="print what was found as JSON, and hold it against no rule")
-    parser.add_argument("--write", metavar="FILE", help="write the table there instead of printing it")
+    parser.add_argument("--write", metavar="FILE", help="write the table there; with --stem leave other ops' sections")
     given = parser.parse_args(arguments)
     if _launch.INTERPRET:
         parser.error("TRITON_INTERPRET=1 is set: nothing would be compiled")
@@ -539,8 +551,10 @@ def main(arguments: list[str] | None = None) -> int:
     others = [rows_with_triton(folder, sys.argv[1:] if arguments is None else arguments) for folder in given.triton]
     found = dict(sorted([*others, (triton.__version__, mine)]))
     if given.write:
-        with open(given.write, "w") as file:
-            file.write(markdown(found))
+        table, path = markdown(found), Path(given.write)
+        if given.stem and path.exists():
+            table = with_kept_sections(table, path.read_text())
+        path.write_text(table)
     elif not given.check:
         print(markdown(found))
     broken = [f"Triton {v}: {text}" for v, rows_of in found.items() for row in rows_of for text in broken_rules(row)]

@@ -147,3 +147,15 @@ def test_loops_with_loads_and_products_are_found():
     assert not found(loop + load + end + loop + dot + end)
     assert not found(loop + dot + "  %t = tt.load %p, %m : tensor<64x!tt.ptr<f32>>\n" + end)
     assert not found(loop + load + dot.replace("bf16", "f32") + end)
+
+
+def test_a_table_of_some_ops_keeps_the_others():
+    def table(versions, *sections):
+        return "\n\n## ".join([report.HEADER.format(versions=versions), *sections]) + "\n"
+
+    before = table("3.6.0, 3.7.1", "delta_rule, sm_90\n\n| a |", "selective_scan, sm_90\n\n| b |")
+    new = table("3.6.0, 3.7.1", "causal_conv1d, sm_80\n\n| c |", "selective_scan, sm_90\n\n| d |")
+    both = table("3.6.0, 3.7.1", "delta_rule, sm_90\n\n| a |", *new.rstrip("\n").split("\n\n## ")[1:])
+    assert report.with_kept_sections(new, before) == both
+    with pytest.raises(SystemExit, match="other versions"):
+        report.with_kept_sections(new, table("3.7.1", "delta_rule, sm_90\n\n| a |"))
