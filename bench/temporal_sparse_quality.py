@@ -201,14 +201,14 @@ def main(argv: list[str] | None = None) -> None:
     learn, texts = windows(tokens, CALIBRATION_TEXTS, 0.0, 0.5), windows(tokens, args.windows, 0.5, 1.0)
     exact = math.exp(loss(model, texts))
     print(f"SmolLM2-135M-Instruct, {len(tokens):,} tokens of text, exact attention: perplexity {exact:.3f}")
+    cases = []
+    for mode in ("band", "block"):
+        found = calibrate_thresholds(model, learn, target_sparsity=TARGETS, window=WINDOW, window_mode=mode)
+        cases += [(thresholds, (mode, "calibrated", thresholds.target_sparsity)) for thresholds in found]
+        cases += [(threshold, (mode, "global", threshold)) for threshold in GLOBAL]
     points = []
-    cases = [(mode, kind, x) for mode in ("band", "block") for kind, xs in (("calibrated", TARGETS), ("global", GLOBAL))
-             for x in xs]  # fmt: skip
-    for mode, kind, x in tqdm(cases, unit="point"):
-        thresholds = x
-        if kind == "calibrated":
-            thresholds = calibrate_thresholds(model, learn, target_sparsity=x, window=WINDOW, window_mode=mode)
-        points.append(measure(model, texts, exact, thresholds, (mode, kind, x)))
+    for thresholds, point in tqdm(cases, unit="point"):
+        points.append(measure(model, texts, exact, thresholds, point))
         write(points, args)  # after every point: a run that is stopped leaves what it has
     print(tabulate([p.row() for p in points], headers="keys"))
     print(f"{(time.perf_counter() - start) / 60:.1f} minutes; files: {args.out}/temporal-sparse-quality.csv and .png")

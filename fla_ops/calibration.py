@@ -14,19 +14,17 @@ alone, get large ones. lambda is found by bisection, so that the share of zeros 
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from . import _checks, _sparse_options
-from .reference.delta_kv_cache import hold
 from .reference.temporal_sparse_attention import in_window
 
 # Thresholds that are tried, in mean changes of the channel from key to key.
 GRID = torch.logspace(-1.2, 1.5, 28)
-PASSES = 2  # the second one measures keys and probabilities where the thresholds of the first hold
 
 
 @dataclass(frozen=True)
@@ -37,9 +35,9 @@ class Thresholds(Mapping):
     """
 
     layers: dict[int, torch.Tensor]
+    sparsity: float  # the share of zero deltas on the tokens of the calibration, by exact keys
     model_type: str
     target_sparsity: float
-    sparsity: float  # the share of zero deltas on the tokens of the calibration
     window: int | float
     sink: int
     window_mode: str
@@ -75,28 +73,30 @@ class Thresholds(Mapping):
             about = (file.metadata() or {}).get("fla_ops.thresholds")
             if about is None:
                 raise _checks.bad(ValueError, "Thresholds.load", "path", "a file of Thresholds.save", repr(str(path)))
-            return cls({int(name): file.get_tensor(name) for name in sorted(file.keys(), key=int)}, **json.loads(about))
+            layers = {int(name): file.get_tensor(name) for name in sorted(file.keys(), key=int)}
+        return cls(layers, **json.loads(about))
 
 
 def calibrate_thresholds(
     model: torch.nn.Module,
     tokens: torch.Tensor,
     *,
-    target_sparsity: float,
+    target_sparsity: float | Sequence[float],
     window: int | float = 0.05,
     sink: int = 0,
     window_mode: str = "band",
-) -> Thresholds:
+) -> Thresholds | list[Thresholds]:
     """Thresholds theta `[HK, D]` for each layer of `model`, such that `target_sparsity` of all key deltas are zero.
 
-    The model is run on all of `tokens` at once, without a gradient, twice; it comes back as it was. That takes, beside
-    the model's own, memory for one layer's keys at 28 thresholds, and for the `[T, T]` probabilities of one head.
+    The model is run once, on all of `tokens` together and without a gradient; it comes back as it was. That takes,
+    beside the model's own, memory for the `[T, T]` probabilities of one head.
 
     Args:
         model: a decoder of transformers that `enable_temporal_sparse` takes.
         tokens: int64 `[N, T]`, N texts of T tokens, or `[T]`. T as long as the texts to come, or some thousands; four
             texts of 1,024 tokens do for a small model.
-        target_sparsity: the share of zero deltas, in (0, 1).
+        target_sparsity: the share of zero deltas, in (0, 1); or several, for as many results from one run. On other
+            texts it is met to about one per cent.
         window, sink, window_mode: as they will be given to `enable_temporal_sparse`.
 
     Raises:
@@ -106,25 +106,25 @@ def calibrate_thresholds(
     from .integrations import transformers as models  # which is no requirement of this package
 
     op = "calibrate_thresholds"
-    if isinstance(target_sparsity, bool) or not isinstance(target_sparsity, (int, float)):
-        raise _checks.bad(TypeError, op, "target_sparsity", "a float", repr(target_sparsity))
-    if not 0 < target_sparsity < 1:
-        raise _checks.bad(ValueError, op, "target_sparsity", "in (0, 1)", target_sparsity)
+    targets = target_sparsity if isinstance(target_sparsity, (list, tuple)) else [target_sparsity]
+    for target in targets:
+        if isinstance(target, bool) or not isinstance(target, (int, float)):
+            raise _checks.bad(TypeError, op, "target_sparsity", "a float, or a list of them", repr(target))
+        if not 0 < target < 1:
+            raise _checks.bad(ValueError, op, "target_sparsity", "in (0, 1)", target)
     texts = _texts(op, tokens)
     options = {"window": window, "sink": sink, "window_mode": window_mode}
     models.check_arguments(op, model, **options)
-    found: dict[int, torch.Tensor] | float = 0.0
-    for _ in range(PASSES):
-        measured: dict[int, _Measured] = {}
+    measured: dict[int, _Measured] = {}
 
-        def look(layer, q, k, scale, _):
-            measured[layer] = _measure(q, k, scale, **options)  # noqa: B023 - called in this pass
+    def look(layer, q, k, scale, stats):
+        measured[layer] = _measure(q, k, scale, **options)
 
-        with models.watching(model, look, found, **options) as decoder, torch.no_grad():
-            decoder(texts.to(model.device), use_cache=False)
-        found, sparsity = _allocate(measured, target_sparsity)
+    with models.watching(model, look, 0.0, **options) as decoder, torch.no_grad():
+        decoder(texts.to(model.device), use_cache=False)
     kind = getattr(model.config, "model_type", type(model).__name__)
-    return Thresholds(found, kind, float(target_sparsity), sparsity, window, sink, window_mode)
+    found = [Thresholds(*_allocate(measured, target), kind, float(target), **options) for target in targets]
+    return found if isinstance(target_sparsity, (list, tuple)) else found[0]
 
 
 def measure_sparsity(model: torch.nn.Module, tokens: torch.Tensor) -> float:
@@ -178,14 +178,18 @@ class _Measured:
 def _measure(q, k, scale, **options) -> _Measured:
     """Of q `[N, T, HQ, D]` and k `[N, T, HK, D]`, after the rotary embedding."""
     q, k = q.float(), k.float()
-    texts, length, heads, size = k.shape
-    grid = len(GRID)
-    thetas = GRID.to(k.device)[:, None, None] * k.diff(dim=1).abs().mean((0, 1))
     weight = torch.stack([_importance(*text, scale, **options) for text in zip(q, k, strict=True)])
-    held = hold(k.repeat(1, 1, grid, 1), thetas.flatten(0, 1)).unflatten(2, (grid, heads))  # all at once, as heads
-    zeros = (held[:, 1:] == held[:, :-1]).sum((0, 1), dtype=torch.float32) / (texts * length)
-    error = (held - k[:, :, None]).square()
-    return _Measured(thetas, zeros, torch.einsum("ntghd,nthd->ghd", error, weight))
+    thetas = GRID.to(k.device)[:, None, None] * k.diff(dim=1).abs().mean((0, 1))
+    texts, length = k.shape[:2]
+    held = k[:, 0, None].repeat(1, len(GRID), 1, 1)  # at all thresholds at once: [N, grid, HK, D]
+    zeros, cost = torch.zeros_like(held), torch.zeros_like(held)
+    for t in range(1, length):
+        error = k[:, t, None] - held
+        still = error.abs() <= thetas
+        held = torch.where(still, held, k[:, t, None])
+        zeros += still
+        cost += torch.where(still, error.square_() * weight[:, t, None], 0)
+    return _Measured(thetas, zeros.sum(0) / (texts * length), cost.sum(0))
 
 
 def _importance(q, k, scale, window, sink, window_mode):

@@ -137,6 +137,14 @@ def test_measuring_sparsity():
         measure_sparsity(model, texts())
 
 
+def test_several_targets_at_once():
+    model = build()
+    several = calibrate_thresholds(model, texts(), target_sparsity=[0.4, 0.7])
+    for found in several:
+        alone = calibrate_thresholds(model, texts(), target_sparsity=found.target_sparsity)
+        assert repr(alone) == repr(found) and all(torch.equal(alone[i], found[i]) for i in found)
+
+
 # The model comes back as it was.
 
 
@@ -214,7 +222,8 @@ def test_what_is_missing_is_named(missing, call, message):
     [
         ({"target_sparsity": 1.0}, ValueError, r"'target_sparsity' must be in \(0, 1\), got 1.0"),
         ({"target_sparsity": float("nan")}, ValueError, r"'target_sparsity' must be in \(0, 1\), got nan"),
-        ({"target_sparsity": None}, TypeError, "'target_sparsity' must be a float, got None"),
+        ({"target_sparsity": None}, TypeError, "'target_sparsity' must be a float, or a list of them, got None"),
+        ({"target_sparsity": [0.5, 2.0]}, ValueError, r"'target_sparsity' must be in \(0, 1\), got 2.0"),
         ({"tokens": [1, 2]}, TypeError, "'tokens' must be a tensor, got list"),
         ({"tokens": torch.ones(1, 9)}, TypeError, "'tokens' must be an int32 or int64 tensor, got torch.float32"),
         ({"tokens": torch.ones(1, 1, 9, dtype=torch.int64)}, ValueError, r"'tokens' must be of shape \[N, T\]"),

@@ -64,7 +64,8 @@ def text(bench, loaded):
 def calibrated(bench, loaded, text):
     """Thresholds for a little more than 60 % and 80 % of zeros on two windows of the first half."""
     learn = bench.windows(text, 2, 0.0, 0.5)
-    return {t: calibrate_thresholds(loaded[0], learn, target_sparsity=t + 0.015, window=WINDOW) for t in (0.6, 0.8)}
+    found = calibrate_thresholds(loaded[0], learn, target_sparsity=[0.615, 0.815], window=WINDOW)
+    return dict(zip((0.6, 0.8), found, strict=True))
 
 
 @pytest.fixture(scope="module")
