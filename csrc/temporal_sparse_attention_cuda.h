@@ -202,7 +202,9 @@ constexpr int kHoldAhead = 8;  // tokens that are read ahead: nothing that is re
 // `fired` [B, HK, T] may be null.
 template <class T> __global__ void __launch_bounds__(kMaxHeadDim) hold_kernel(SparseInputs x, T* held, int32_t* fired) {
   using A = Arithmetic<T>;
-  FLA_SHARED(int, counts, kMaxHeadDim / 32 * kHoldRun);  // of each warp and token of a run
+  // Of each warp and token of a run. Two of them: while some warps still add up one run's, others write the next one's.
+  constexpr int set = kMaxHeadDim / 32 * kHoldRun;
+  FLA_SHARED(int, counts, 2 * set);
   const int channel = threadIdx.x, warps = blockDim.x / 32, warp = channel / 32;
   const int64_t head = blockIdx.x % x.HK, pitch = int64_t(x.HK) * x.D;
   const Span span = x.sequences[blockIdx.x / x.HK];
@@ -215,6 +217,7 @@ template <class T> __global__ void __launch_bounds__(kMaxHeadDim) hold_kernel(Sp
   T now(0);
   for (int64_t first = span.start; first < span.end; first += kHoldRun) {
     const int run = int(min(span.end - first, int64_t(kHoldRun)));
+    int* const of_run = counts + (first - span.start) / kHoldRun % 2 * set;
     for (int ahead = 0; ahead < run; ahead += kHoldAhead) {
       T next[kHoldAhead];
       FLA_UNROLL for (int i = 0; i < kHoldAhead; i++)
@@ -228,17 +231,16 @@ template <class T> __global__ void __launch_bounds__(kMaxHeadDim) hold_kernel(Sp
         if (live && held) held[t * pitch] = now;
         if (!fired) continue;
         const unsigned all = __ballot_sync(kWarp, fires);
-        if (channel % 32 == 0) counts[warp * kHoldRun + ahead + i] = __popc(all);
+        if (channel % 32 == 0) of_run[warp * kHoldRun + ahead + i] = __popc(all);
       }
     }
     if (!fired) continue;
     __syncthreads();
     for (int i = channel; i < run; i += blockDim.x) {
       int total = 0;
-      for (int w = 0; w < warps; w++) total += counts[w * kHoldRun + i];
+      for (int w = 0; w < warps; w++) total += of_run[w * kHoldRun + i];
       fired[first + i] = total;
     }
-    __syncthreads();
   }
 }
 

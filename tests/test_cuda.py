@@ -2,7 +2,7 @@
 """CUDA tensors on a real GPU: the Triton kernels and the CUDA fallback against the float64 reference.
 
 What the interpreter and the SIMT shim cannot see: miscompiled tiles, races between warps, launch limits, streams and
-graphs. The values' fine grid is in test_delta_rule.py and test_causal_conv1d.py, which need no GPU.
+graphs. The values' fine grid is in the families' own files, which need no GPU.
 """
 
 import functools
@@ -10,6 +10,7 @@ import functools
 import delta_product_cases
 import pytest
 import selective_scan_cases
+import temporal_sparse_attention_cases as sparse_cases
 import torch
 from causal_conv1d_cases import LAYOUTS, gradients_for, make, run
 from causal_conv1d_cases import check as check_conv
@@ -361,6 +362,59 @@ def test_selective_scan_replays_from_a_graph(gpu):
         state.copy_(start)
         for found, expected in zip(seen, work(), strict=True):
             assert torch.equal(found, expected)
+
+
+# Temporal-sparse attention.
+
+
+@dtypes
+@pytest.mark.parametrize("D, DV", [(64, 64), (128, 128), (256, 256), (17, 33), (1, 130), (100, 60)])
+def test_temporal_sparse_attention(gpu, dtype, D, DV):
+    """Grouped heads, fewer queries than keys; tiles that are sinks, held, near, and mixed."""
+    inputs = sparse_cases.random_inputs(2, 330, 4, 2, D, DV, Tq=300, dtype=dtype)
+    sparse_cases.check(gpu, inputs, device="cuda", threshold=0.4, window=50, sink=3)
+
+
+@pytest.mark.parametrize("mode", ["band", "block"])
+@pytest.mark.parametrize("window, sink", [(1, 0), (2, 70), (64, 0), (129, 5), (300, 0), (3, 300)])
+def test_temporal_sparse_attention_windows(gpu, window, sink, mode):
+    inputs = sparse_cases.random_inputs(1, 300, 2, 1, 64, 64)
+    sparse_cases.check(gpu, inputs, device="cuda", threshold=0.4, window=window, sink=sink, window_mode=mode)
+
+
+@dtypes
+@pytest.mark.parametrize("lengths", [[130, 0, 1, 64, 63, 65, 300], [1] * 40, [0, 0, 500]], ids=str)
+def test_temporal_sparse_attention_packed(gpu, dtype, lengths):
+    inputs = sparse_cases.random_inputs(1, sum(lengths), 2, 1, 64, 64, dtype=dtype)
+    sparse_cases.check(gpu, inputs, device="cuda", threshold=0.4, window=20, cu_seqlens=bounds(lengths))
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 4096, 8, 2, 128, 128), (4, 1024, 8, 8, 64, 64), (1, 512, 4, 1, 256, 256)], ids=str
+)
+def test_temporal_sparse_attention_runs_give_the_same_bits(gpu, shape):
+    inputs = sparse_cases.random_inputs(*shape, dtype=torch.bfloat16)
+    do, there = sparse_cases.random_cotangent(inputs).cuda(), on("cuda", inputs)
+    op = functools.partial(fla_ops.temporal_sparse_attention, threshold=0.4, window=200, sink=4, backend=gpu)
+    first = sparse_cases.results(op, there, do)
+    assert all(x.isfinite().all() for x in first.values())
+    for _ in range(20):
+        assert_same_bits(sparse_cases.results(op, there, do), first)
+
+
+def test_temporal_sparse_attention_takes_memory_for_no_matrix(gpu):
+    """Forward and backward together take less than a hundredth of a float32 T x T a head."""
+    T, H = 16384, 4
+    q, k, v = (torch.randn(1, T, H, 64, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3))
+    op = functools.partial(fla_ops.temporal_sparse_attention, threshold=0.4, window=500, backend=gpu)
+    do = torch.randn_like(op(q, k, v).o)  # compiles what has to be
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    op(q, k, v).o.backward(do)
+    taken = torch.cuda.max_memory_allocated() - before
+    print(f"{gpu}: {taken / 2**20:.0f} MiB")
+    assert taken < 4 * T * T * H / 100
 
 
 # With the device.

@@ -26,7 +26,8 @@ def test_launches():
     """The delta rule: two in inference, three at training at most, four in the backward; fla-core's chunks take five
     and seven, and further ones that add. The convolution: one, and in the backward a second that adds the parameters'
     partial sums. A step: one. DeltaProduct's are the delta rule's. The scan: one each way, three where a sequence
-    is cut into segments; torch adds the backward's partial sums."""
+    is cut into segments; torch adds the backward's partial sums. Temporal-sparse attention: see
+    test_temporal_sparse_attention_triton.py."""
     options = {"T": 1024, "l2norm": True}
     delta, packed, product, conv, scan, cut = recorded(
         ("delta_rule", "bfloat16", DELTA | options),
@@ -64,6 +65,8 @@ def test_no_grid_is_empty_or_too_wide():
         {"N": 1, "B": 70_000, "T": 1, "Di": 1},
     )
     requests += [("selective_scan", "bfloat16", options) for options in scan]
+    sparse = ({"T": 0}, {"B": 0}, {"T": 0, "packed": True}, {"B": 70_000, "H": 1, "T": 1})
+    requests += [("temporal_sparse_attention", "bfloat16", {"D": 16} | options) for options in sparse]
     for passes in recorded(*requests):
         for launches in passes.values():
             for launch in launches:
@@ -200,3 +203,32 @@ def test_bytes_of_the_convolution(last):
         every = sum(launch.loaded + launch.stored for launch in launches) / x.numel()
         print(f"{name}: {distinct:.2f} distinct, {every:.2f} all")
         assert distinct <= distinct_allowed and every <= all_allowed, (name, distinct, every)
+
+
+@pytest.mark.skipif(
+    _backend.why_not("temporal_sparse_attention", "triton", "cpu", torch.float32, ()) is not None,
+    reason="needs Triton's interpreter",
+)
+def test_bytes_of_sparse_attention(interpreters_rows):
+    """Bytes a token and head in bfloat16 at D = DV = 64, where a row is 128 and a float32 row 256. Forward: q, v, o; k
+    for the hold and where it is near; the held keys written and read: 896, and 12 of norms and counts. Backward: the
+    hold again, 260; dq from six rows, 908; dk of near and of held keys and dv from five, 1,292; dk from both, 768.
+    Nothing is as long as T x T: twice the tokens are twice the bytes."""
+    from fla_ops.kernels import temporal_sparse_attention as op
+    from temporal_sparse_attention_cases import random_inputs as sparse_inputs
+
+    interpreters_rows(False)
+    options = {"window": 32, "sink": 4, "window_mode": "band", "scale": 0.125, "dense": False}
+    moved = {}
+    for T in (128, 256):
+        x = sparse_inputs(1, T, 1, 1, 64, 64, dtype=torch.bfloat16)
+        given = (*x.values(), torch.full((1, 64), 0.3), None)
+        with watched_memory() as forward:
+            o, norms, _ = op.forward(*given, **options, count_fired=False)
+        with watched_memory() as backward:
+            op.backward(*given, o, norms, torch.ones_like(o), **options, needs=(True,) * 3)
+        moved[T] = [sum(launch.distinct for launch in launches) / T for launches in (forward, backward)]
+        print(T, moved[T])
+    assert moved[256][0] <= 910 and moved[256][1] <= 3_230
+    for one, two in zip(*moved.values(), strict=True):
+        assert two <= 1.02 * one

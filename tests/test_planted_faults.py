@@ -5,7 +5,7 @@ Four kinds of fault. A dropped mask and a swapped operand change values, which t
 or touch memory that is not the kernel's, which the watch of test_out_of_bounds.py sees; a 32-bit offset is the latter
 (`make report` looks for those too, in what the compiler makes of every kernel). A missing barrier cannot be seen here,
 since Triton's interpreter runs a program as one thread: `test_a_barrier_dropped_from_a_real_kernel_shows` in
-test_simt.py takes out each one of the CUDA kernels.
+test_simt.py takes out each one of the CUDA kernels. Faults of values in a CUDA kernel are at the end of this file.
 """
 
 import os
@@ -14,9 +14,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
+import simt
+import torch
+from temporal_sparse_attention_cases import check, random_inputs
+
+from fla_ops import _build, _native
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
@@ -124,6 +130,42 @@ FAULTS = [
         "test_selective_scan_triton.py::test_edges_of_checkpoints[33]",
     ),
     Fault(
+        "dropped mask: queries see later keys",
+        "temporal_sparse_attention.py",
+        's = tl.where(j[None, :] <= i[:, None], s * FACTOR, float("-inf"))',
+        "s = s * FACTOR",
+        "test_temporal_sparse_attention.py::test_lengths[triton-65]",
+    ),
+    Fault(
+        "dropped mask: rows behind the last key or query are read",
+        "_sparse.py",
+        "tl.load(at + place, mask=(row < last)[:, None] & (column < D)[None, :], other=0)",
+        "tl.load(at + place, mask=(column < D)[None, :], other=0)",
+        "test_out_of_bounds.py::test_temporal_sparse_attention[one token-batch-triton]",
+        MEMORY,
+    ),
+    Fault(
+        "swapped operands: held keys for near ones where a tile has both",
+        "_sparse.py",
+        "s = tl.where(is_near(i[:, None], j[None, :], window, sink, BLOCKS), s, far)",
+        "s = tl.where(is_near(i[:, None], j[None, :], window, sink, BLOCKS), far, s)",
+        "test_temporal_sparse_attention.py::test_lengths[triton-65]",
+    ),
+    Fault(
+        "swapped operands: the gradients of near keys and of held ones",
+        "temporal_sparse_attention_backward.py",
+        "dheld = dot(cast(tl.where(near, 0.0, ds) if NEAR else ds, low), queries, dheld, PRECISION)",
+        "dheld = dot(cast(tl.where(near, ds, 0.0) if NEAR else ds, low), queries, dheld, PRECISION)",
+        "test_temporal_sparse_attention.py::test_lengths[triton-65]",
+    ),
+    Fault(
+        "swapped operands: a held key's gradient stays where it fired, and goes back where it did not",
+        "temporal_sparse_attention_backward.py",
+        "later = tl.where(stays, later, 0.0)",
+        "later = tl.where(stays, 0.0, later)",
+        "test_temporal_sparse_attention.py::test_lengths[triton-65]",
+    ),
+    Fault(
         "32-bit offset: of a step of the scan behind 2^31 elements",
         "_scan.py",
         "at + tl.cast(first + i, tl.int64) * stride, mask=when",
@@ -180,3 +222,54 @@ def test_a_fault_in_a_triton_kernel_is_caught(fault, package):
     path.write_text(source.replace(fault.text, fault.instead), encoding="utf-8")
     code, output = run(package, [fault.test])
     assert code == 1 and re.search(fault.seen, output), f"{fault.what}: exit code {code}\n{output[-4000:]}"
+
+
+class CudaFault(NamedTuple):
+    what: str
+    file: str  # of csrc/
+    text: str  # stands there once
+    instead: str
+    op: str  # the operator whose kernels are compiled anew
+    user: str  # the file that defines it
+
+
+CUDA_FAULTS = [
+    CudaFault(
+        "dropped mask: queries see later keys",
+        "temporal_sparse_attention_cuda.h",
+        "return j <= i && (j >= begin || j < sink) == exactly;",
+        "return (j >= begin || j < sink) == exactly;",
+        "temporal_sparse_attention_forward",
+        "temporal_sparse_attention_cuda.cu",
+    ),
+    CudaFault(
+        "swapped operands: P for dS in the gradient of queries",
+        "temporal_sparse_attention_backward_cuda.cu",
+        "add_weighted(sums.dq, n, shared.ds, shared.slice, keys, Everywhere());",
+        "add_weighted(sums.dq, n, shared.p, shared.slice, keys, Everywhere());",
+        "temporal_sparse_attention_backward",
+        "temporal_sparse_attention_backward_cuda.cu",
+    ),
+]
+
+
+@pytest.mark.skipif(simt.why_not() is not None, reason=str(simt.why_not()))
+@pytest.mark.parametrize("fault", CUDA_FAULTS, ids=lambda fault: fault.what)
+def test_a_fault_in_a_cuda_kernel_is_caught(fault, tmp_path, monkeypatch):
+    x = random_inputs(1, 40, 1, 1)
+    with simt.as_native("ascending"):
+        check("native", x, threshold=0.3, window=3)
+        mutant = f"fla_ops_simt_fault_{CUDA_FAULTS.index(fault)}"
+        others = {path.name for path in _build.cuda_sources(simt.CSRC)} - {fault.user}
+        copy = shutil.copytree(simt.CSRC, tmp_path / "csrc", ignore=lambda _, names: set(names) & others)
+        source = (copy / fault.file).read_text(encoding="utf-8")
+        assert source.count(fault.text) == 1, f"csrc/{fault.file} has changed: plant this fault anew. {fault.what}"
+        (copy / fault.file).write_text(source.replace(fault.text, fault.instead), encoding="utf-8")
+        _build.build_simt(copy, tmp_path / "mutant.so", mutant, options=["-O0"])
+        torch.ops.load_library(tmp_path / "mutant.so")
+        both = ("temporal_sparse_attention_forward", "temporal_sparse_attention_backward")
+        ops = {name: getattr(torch.ops, mutant if name == fault.op else "fla_ops_simt") for name in both}
+        ops = SimpleNamespace(**{name: getattr(library, name) for name, library in ops.items()})
+        with monkeypatch.context() as patch, pytest.raises(AssertionError, match="max error"):
+            patch.setattr(_native, "ops", ops)
+            check("native", x, threshold=0.3, window=3)
