@@ -23,7 +23,7 @@ import torch
 
 import fla_ops
 from fla_ops import _build
-from fla_ops.commands import bench_cases, bench_measure
+from fla_ops.commands import bench_cases, bench_decode, bench_measure
 from fla_ops.commands.info import cpu_name
 
 HERE = Path(__file__).parent
@@ -201,7 +201,7 @@ def record(benchmark, request):
             "exactness": notes.get(variant, ""),
         }
         info |= exponentials(case, timing.median)
-        info |= dict.fromkeys(("cache_mib", "dense_mib", "append_us"), "") | remarks(case)
+        info |= decoding(case, measured, variant)
         if bench_cases.device() == "cuda":
             info["peak_mib"] = timing.peak_mib
         benchmark.extra_info.update(info | provenance())
@@ -217,9 +217,18 @@ def exponentials(case: bench_cases.Case, seconds: float) -> dict[str, float | st
     return {"gexp_s": round(gexps, 3) if count else "", "share_of_exp": round(gexps / limit, 3) if limit else ""}
 
 
-@functools.cache
-def remarks(case: bench_cases.Case) -> dict[str, float]:
-    return bench_cases.remarks(case)
+remarks = functools.cache(bench_cases.remarks)
+
+
+def decoding(case: bench_cases.Case, measured: dict, variant: str) -> dict[str, float | str]:
+    """The columns on decoding: empty elsewhere. A share of the plain read is given for ours, on the cache they read."""
+    found = dict.fromkeys(("share_of_read", "cache_mib", "dense_mib", "append_us"), "")
+    if case.kind == bench_cases.DECODE:
+        reading = next(t.median for t in measured.values() if t.variant.probe)
+        if measured[variant].variant.ours:
+            share = bench_decode.share_of_read(measured[variant].median, reading, remarks(case))
+            found |= {"share_of_read": round(share, 3)} | remarks(case)
+    return found
 
 
 # What is kept.

@@ -8,7 +8,7 @@ import torch
 
 import fla_ops
 
-from . import CommandError, bench_cases, bench_measure, require
+from . import CommandError, bench_cases, bench_decode, bench_measure, require
 from .info import cpu_name
 
 
@@ -60,12 +60,23 @@ def run_short_list(family: str | None, seconds: float) -> int:
         ]
         headers = (case.group, "ms", "CPU ms", "GFLOP/s", "GB/s", f"time / {timings[0].variant.name}")
         print("\n" + tabulate(rows, headers, tablefmt="simple", floatfmt=("", ".3f", ".3f", ".1f", ".1f", "")))
-        if found := bench_cases.remarks(case):
-            ratio = found["dense_mib"] / found["cache_mib"]
-            print(
-                f"The cache takes {found['cache_mib']} MiB where dense keys and values take {found['dense_mib']}: "
-                f"{ratio:.2f} times less. An append of one token takes {found['append_us']} us."
-            )
+        if case.kind == bench_cases.DECODE:
+            print(*_on_decoding(case, timings), sep="\n")
         for name in notes:
             print(f"* {name}: its results are further from fla_ops' than the tolerance allows")
     return 0
+
+
+def _on_decoding(case: bench_cases.Case, timings: list[bench_measure.Timing]) -> list[str]:
+    """How near to the memory's pace our first row is, and what a sparse cache takes."""
+    found = bench_cases.remarks(case)
+    reading = next(t.median for t in timings if t.variant.probe)
+    share = bench_decode.share_of_read(timings[0].median, reading, found)
+    lines = [f"{timings[0].variant.name} reads its cache at {share:.0%} of the pace of the plain read."]
+    if found:
+        ratio = found["dense_mib"] / found["cache_mib"]
+        lines.append(
+            f"The cache takes {found['cache_mib']} MiB where dense keys and values take {found['dense_mib']}: "
+            f"{ratio:.2f} times less. An append of one token takes {found['append_us']} us."
+        )
+    return lines
