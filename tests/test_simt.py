@@ -14,7 +14,7 @@ import pytest
 import simt
 import torch
 
-from fla_ops import _build, causal_conv1d
+from fla_ops import _build, causal_conv1d, temporal_sparse_attention
 from fla_ops.reference.causal_conv1d import causal_conv1d as reference
 
 pytestmark = pytest.mark.skipif(simt.why_not() is not None, reason=str(simt.why_not()))
@@ -291,6 +291,19 @@ def test_lane_orders_agree_bit_for_bit(family, dtype):
         for first, second in zip(*results, strict=True):
             # Saved states that no packed sequence uses are left as they were: NaN here.
             assert torch.equal(first.nan_to_num(7.5), second.nan_to_num(7.5)), op
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_nan_value_reaches_no_earlier_query(order):
+    """Of temporal-sparse attention, whose weights of later keys are 0: NaN would survive a product with them."""
+    q, k, v = (torch.randn(1, 70, 1, 16) for _ in range(3))
+    for where in (5, 40):
+        bad = v.clone()
+        bad[0, where, 0, 2] = torch.nan
+        with simt.as_native(order):
+            o = temporal_sparse_attention(q, k, bad, threshold=0.3, window=1, backend="native").o
+        assert torch.equal(o[0, :, 0, 2].isnan(), torch.arange(70) >= where)
+        assert not o[..., 3].isnan().any()
 
 
 @pytest.mark.parametrize("order", ORDERS)
