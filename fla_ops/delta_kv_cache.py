@@ -31,9 +31,9 @@ class DeltaKVCache:
 
     A query reads the keys of its window, and the first `sink` keys, exactly; of the others it reads K_hat. Softmax and
     values are those of plain attention. Keys that no query sees exactly any more are stored as a bitmap and the values
-    that fired, in the model's dtype: K_hat comes back bit for bit, and nothing drifts. Every 64th held key is stored
-    whole, so that a decode step can be split over the sequence. The newest keys are kept as they are: what the window
-    of the next attention needs, and up to 63 more.
+    that fired, in the model's dtype: K_hat comes back bit for bit, and nothing drifts. Every 64th held key (on a
+    GPU every 128th) is stored whole, so that a decode step can be split over the sequence. The newest keys are kept as
+    they are: what the window of the next attention needs, and up to 63 (127) more.
 
     Any interleaving of prefill, appends of many tokens and of one gives the same answer.
 

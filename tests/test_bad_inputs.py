@@ -131,13 +131,13 @@ def decode(**changed):
 def cache(**changed):
     """A DeltaKVCache with right arguments, some of them replaced, and T tokens appended.
 
-    It has no Triton and no CUDA kernels yet: there the reference takes its right calls.
+    It has no CUDA kernels yet: there the reference takes its right calls.
     """
     x = {"threshold": 0.3, "window": 4} | changed
 
     def make(backend):
-        native = backend in ("native", "auto") and hasattr(fla_ops._native.ops, "delta_kv_cache_attend")
-        made = fla_ops.DeltaKVCache(**x, backend=backend if native else "reference")
+        there = backend != "native" or hasattr(fla_ops._native.ops, "delta_kv_cache_attend")
+        made = fla_ops.DeltaKVCache(**x, backend=backend if there else "reference")
         made.append(zeros(B, T, H, K), zeros(B, T, H, V))
         return made
 
