@@ -31,6 +31,8 @@ from fla_ops.integrations.transformers import (  # noqa: E402
 SCRIPT = Path(__file__).resolve().parent.parent / "bench" / "temporal_sparse_quality.py"
 WINDOW = 51  # 5 % of 1,024 tokens
 
+pytestmark = pytest.mark.slow  # a minute and a half; a third of it reads the model
+
 
 @pytest.fixture(scope="module")
 def bench():
