@@ -162,11 +162,13 @@ def selective_scan_step(
     """
     op = "selective_scan_step"
     _checks.no_grad_needed(op, u, delta, A, B, C, D, z, delta_bias, state, time="L")
-    if backend == "auto" and state_indices is None and _is_plain_on_cpu(u):
-        cpu_step = getattr(resolve("selective_scan", backend, "cpu", u.dtype), "cpu_step", None)
-        y = cpu_step and _unless_refused(cpu_step, u, delta, A, B, C, D, z, delta_bias, state, delta_softplus)
-        if y is not None:
-            return y
+    if state_indices is None and _is_plain_on_cpu(u):
+        impl = resolve("selective_scan", backend, "cpu", u.dtype)
+        if hasattr(impl, "unchecked_step"):
+            options = {"state": state, "z": z, "delta_bias": delta_bias, "delta_softplus": delta_softplus}
+            y = _unless_refused(impl.unchecked_step, u, delta, A, B, C, D, **options)
+            if y is not None:
+                return y
     u, delta, z, B, C = _checks.autocast(u, delta, z, B, C)
     known = _checks.signature(u, delta, A, B, C, D, z, delta_bias, written=state)
     if known is None or known not in _checked_steps:
@@ -199,10 +201,10 @@ def _is_plain_on_cpu(u) -> bool:
     )
 
 
-def _unless_refused(cpu_step, u, delta, A, B, C, D, z, delta_bias, state, delta_softplus) -> torch.Tensor | None:
+def _unless_refused(step, u, delta, A, B, C, D, **options) -> torch.Tensor | None:
     try:
-        if B.dim() == C.dim() == 2 and type(delta_softplus) is bool:
-            return cpu_step(u, delta, A, B, C, D, z, delta_bias, state, delta_softplus, None)
+        if B.dim() == C.dim() == 2 and type(options["delta_softplus"]) is bool:
+            return step(u, delta, A, B, C, D, **options)
     except (AttributeError, TypeError, RuntimeError):  # no tensor among them, or refused
         pass
     return None

@@ -79,6 +79,12 @@ def step(u, delta, A, B, C, D, *, state, z, delta_bias, delta_softplus, state_in
     return _native.ops.selective_scan_step(u, delta, A, B, C, D, z, delta_bias, state, delta_softplus, state_indices)
 
 
+def unchecked_step(u, delta, A, B, C, D, *, state, z, delta_bias, delta_softplus):
+    """`step` on a CPU, all slots in order, with B and C `[B, N]`. RuntimeError: something about the arguments is wrong,
+    or this library has no such step."""
+    return _native.ops.selective_scan_step(u, delta, A, B, C, D, z, delta_bias, state, delta_softplus, None)
+
+
 def register_fakes(namespace: str = "fla_ops") -> None:
     """Shapes and dtypes for torch.compile and FakeTensor."""
 
@@ -109,7 +115,5 @@ def register_fakes(namespace: str = "fla_ops") -> None:
         return torch.empty_like(u)
 
 
-cpu_step = None
 if _load_error is None:
     register_fakes()
-    cpu_step = _native.ops.selective_scan_step.default  # looked up once: a call takes about 10 us
