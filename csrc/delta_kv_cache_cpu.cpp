@@ -18,6 +18,7 @@
 
 #include "cpu_level.h"
 #include "decode_tasks.h"
+#include "huge_pages.h"
 #include "torch_view.h"
 
 namespace fla_ops {
@@ -75,6 +76,12 @@ void add_records(DeltaCache& c, const Tensor& records, const Tensor& places, int
   c.blocks = places.size(2);
   for (int64_t b = 0; b < B; b++)
     STD_TORCH_CHECK(c.rows[b].sealed <= c.blocks * kDecodeKeys, "delta_kv_cache: a sealed block has no place");
+}
+
+// Room for a part of a cache: each token that is decoded reads all of it.
+Tensor room(const Tensor& like, std::vector<int64_t> size) {
+  constexpr int64_t kLeast = 4 << 20;
+  return in_huge_pages(torch::stable::new_empty(like, size), kLeast);
 }
 
 // places: [sum of blocks, HK, 2], row by row of the batch, within `records`.
@@ -226,6 +233,7 @@ Tensor held(const Tensor& records, const Tensor& places, const Tensor& recent, c
 }  // namespace fla_ops
 
 STABLE_TORCH_LIBRARY_IMPL(fla_ops, CPU, m) {
+  m.impl("delta_kv_cache_room", TORCH_BOX(&fla_ops::room));
   m.impl("delta_kv_cache_seal", TORCH_BOX(&fla_ops::seal));
   m.impl("delta_kv_cache_attend", TORCH_BOX(&fla_ops::attend));
   m.impl("delta_kv_cache_held", TORCH_BOX(&fla_ops::held));

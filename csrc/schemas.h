@@ -19,6 +19,7 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
       "causal_conv1d_step(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) state, bool silu, "
       "Tensor? state_indices) -> Tensor");
   m.def("decode_attention(Tensor q, Tensor k, Tensor v, Tensor? lengths, float scale) -> Tensor");
+  m.def("delta_kv_cache_room(Tensor like, int[] size) -> Tensor");
   // state: [B, 3], where the recent keys start, how many keys are sealed, how many there are. A record's place is where
   // it starts and its bytes. See delta_kv_cache_cpu.h.
   m.def(

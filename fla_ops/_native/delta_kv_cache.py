@@ -8,7 +8,7 @@ import torch
 
 from fla_ops import _native
 
-_OPS = ("delta_kv_cache_seal", "delta_kv_cache_attend", "delta_kv_cache_held")
+_OPS = ("delta_kv_cache_room", "delta_kv_cache_seal", "delta_kv_cache_attend", "delta_kv_cache_held")
 _load_error = _native.load(*_OPS)
 BLOCK = 64  # keys of a record
 SLACK = 64  # bytes that a kernel may read behind a record
@@ -175,6 +175,6 @@ def _grown(x: torch.Tensor, size: int, dim: int) -> torch.Tensor:
     """A copy with `size` entries along `dim`, those beyond the old ones not set."""
     shape = list(x.shape)
     shape[dim] = size
-    grown = x.new_empty(shape)
+    grown = _native.ops.delta_kv_cache_room(x, shape)
     grown.narrow(dim, 0, x.shape[dim]).copy_(x)
     return grown
