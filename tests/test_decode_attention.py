@@ -9,7 +9,6 @@ from delta_rule_cases import assert_same_bits
 from selective_scan_cases import LAYOUTS
 
 import fla_ops
-from fla_ops._native import levels
 from fla_ops.reference.decode_attention import decode_attention as reference
 from fla_ops.testing import assert_matches_reference
 
@@ -31,19 +30,6 @@ def check(backend, q, k, v, *, lengths=None, scale=None):
     low = None if q.dtype == torch.float64 else q.dtype
     assert_matches_reference(o, ref64, reference(q, k, v, **options, operand_dtype=low), "o", seed=0)
     return o
-
-
-@pytest.fixture
-def every_way(ways, backend):
-    """As `ways`, and for the CPU kernels also without the newest of AVX-512's extensions."""
-
-    def run():
-        yield from ways()
-        if backend == "native" and torch.ops.fla_ops._avx512_extensions():
-            with levels.without_extensions():
-                yield "AVX-512 without extensions"
-
-    return run
 
 
 def test_the_reference_is_pytorchs_attention():

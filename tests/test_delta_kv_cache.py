@@ -9,7 +9,6 @@ from delta_rule_cases import remembered
 
 import fla_ops
 from fla_ops import DeltaKVCache
-from fla_ops._native import levels
 from fla_ops.reference import delta_kv_cache as definition
 from fla_ops.testing import assert_matches_reference
 
@@ -17,19 +16,6 @@ OP = "delta_kv_cache"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 modes = pytest.mark.parametrize("mode", ["band", "block"])
-
-
-@pytest.fixture
-def every_way(ways, backend):
-    """As `ways`, and for the CPU kernels also without the newest of AVX-512's extensions."""
-
-    def run():
-        yield from ways()
-        if backend == "native" and torch.ops.fla_ops._avx512_extensions():
-            with levels.without_extensions():
-                yield "AVX-512 without extensions"
-
-    return run
 
 
 def random_tokens(B=2, T=300, HQ=4, HK=2, D=32, DV=None, *, dtype=torch.float32, seed=0):
