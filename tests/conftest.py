@@ -124,7 +124,7 @@ def _missing(op, param):
     """Why there is no kernel of `op` under this parameter of `backend`, or None."""
     if param not in SIMT:
         return _backend.why_not(op, param, "cpu", torch.float32, ())
-    return None if (simt.CSRC / f"{op}_cuda.cu").exists() else f"there is no csrc/{op}_cuda.cu"
+    return None if simt.has(op) else f"there is no csrc/{op}_cuda.cu"
 
 
 @pytest.fixture

@@ -23,6 +23,11 @@ def why_not() -> str | None:
     return _build.why_not()
 
 
+def has(op: str) -> bool:
+    """Whether there are CUDA kernels of this op."""
+    return (CSRC / f"{op}_cuda.cu").exists()
+
+
 @functools.cache
 def load() -> None:
     """Register `torch.ops.fla_ops_simt`, compiled anew if a source has changed since the last time."""
