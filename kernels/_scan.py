@@ -66,11 +66,13 @@ def load_states(at, stride_d, stride_n, channel, live, N: tl.constexpr, BN: tl.c
     """[BN, BD] of an array that has a row of n for each channel.
 
     No kernel is compiled for a stride_n of 1: Triton would spread n over lanes, and every sum over n would cross them.
+    Triton 3.6 does it for strides that it does not know, too, where it loads a tile: so all elements come in a row.
     """
+    BD: tl.constexpr = channel.shape[0]
     n = tl.arange(0, BN)
-    mask = (n < N)[:, None] & live[None, :]
-    place = channel[None, :] * stride_d + n.to(tl.int64)[:, None] * stride_n
-    return tl.load(at + place, mask=mask, other=0).to(dtype)
+    mask = tl.reshape((n < N)[:, None] & live[None, :], [BN * BD])
+    place = tl.reshape(channel[None, :] * stride_d + n.to(tl.int64)[:, None] * stride_n, [BN * BD])
+    return tl.reshape(tl.load(at + place, mask=mask, other=0), [BN, BD]).to(dtype)
 
 
 @triton.jit

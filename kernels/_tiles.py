@@ -73,14 +73,15 @@ def not_finite(x):
 
 
 @triton.jit
-def spread(bad, dtype: tl.constexpr, LATER: tl.constexpr, PRECISION: tl.constexpr):
-    """`bad` [rows, columns], and in each row all columns behind (LATER) or before a True.
+def first_not_finite(x, column):
+    """In each row of x [rows, columns] the number, of those in `column`, of the first that is not finite; or 2^30."""
+    return tl.min(tl.where(not_finite(x), column[None, :], 1 << 30), 1)
 
-    A product with a triangle counts them: `tl.cumsum` takes ten times the instructions, and registers for them.
-    """
-    column = tl.arange(0, bad.shape[1])
-    reach = column[:, None] <= column[None, :] if LATER else column[:, None] >= column[None, :]
-    return dot(tl.where(bad, 1.0, 0.0).to(dtype), tl.where(reach, 1.0, 0.0).to(dtype), None, PRECISION) > 0
+
+@triton.jit
+def last_not_finite(x, column):
+    """In each row of x [rows, columns] the number, of those in `column`, of the last that is not finite; or -1."""
+    return tl.max(tl.where(not_finite(x), column[None, :], -1), 1)
 
 
 @triton.jit
@@ -147,39 +148,6 @@ def load_tile(source, first, rows, stride, columns, BT: tl.constexpr, BD: tl.con
         column = tl.arange(0, BD)
         at = row.to(tl.int64)[:, None] * stride + column[None, :]
         return tl.load(source + at, mask=(row < rows)[:, None] & (column < columns)[None, :], other=0.0)
-
-
-@triton.jit
-def load_tokens(
-    source, first, rows, stride, columns, BT: tl.constexpr, BD: tl.constexpr, STEPS: tl.constexpr, TMA: tl.constexpr
-):
-    """`load_tile` of a tensor whose row t is that of the last of token t's STEPS rows; the others are zero.
-
-    DeltaProduct's queries: they have a row a token where keys and values have STEPS.
-    """
-    if STEPS == 1:
-        return load_tile(source, first, rows, stride, columns, BT, BD, TMA)
-    else:
-        row = first + tl.arange(0, BT)
-        column = tl.arange(0, BD)
-        at = (row // STEPS).to(tl.int64)[:, None] * stride + column[None, :]
-        mask = ((row < rows) & (row % STEPS == STEPS - 1))[:, None] & (column < columns)[None, :]
-        return tl.load(source + at, mask=mask, other=0.0)
-
-
-@triton.jit
-def store_tokens(
-    target, x, first, rows, stride, columns, BT: tl.constexpr, BD: tl.constexpr, STEPS: tl.constexpr, TMA: tl.constexpr
-):
-    """`store_tile` of the rows that `load_tokens` reads."""
-    if STEPS == 1:
-        store_tile(target, x, first, rows, stride, columns, BT, BD, TMA)
-    else:
-        row = tl.arange(0, BT)
-        column = tl.arange(0, BD)
-        at = ((first + row) // STEPS).to(tl.int64)[:, None] * stride + column[None, :]
-        mask = ((row < rows) & ((first + row) % STEPS == STEPS - 1))[:, None] & (column < columns)[None, :]
-        tl.store(target + at, x, mask=mask)
 
 
 @triton.jit

@@ -45,23 +45,22 @@ from ._operators import operator
 from ._tiles import (
     cast,
     dot,
+    first_not_finite,
     first_of,
     load_state,
     load_tile,
-    load_tokens,
     load_vector,
     not_finite,
     segment_of_slot,
     sequence_bounds,
-    spread,
     store_state,
-    store_tokens,
+    store_tile,
     tile_source,
     vector_source,
     zero_rows,
 )
 from .delta_rule_backward import backward  # noqa: F401 - this module offers it
-from .delta_rule_prepare import alignment, in_rows, padded, padded_sizes, power_of_two, prepare, wider
+from .delta_rule_prepare import alignment, in_rows, padded, padded_sizes, power_of_two, prepare, query_rows, wider
 
 MAX_HEAD_DIM = 256
 
@@ -75,6 +74,7 @@ def _walk(
     M,  # sources, row 0 being the sequence's first chunk; from chunk to chunk it is HV * BT rows
     P,
     factors,  # the same, a chunk's four vectors being HV * 4 * BT elements behind those of the chunk before
+    query_factors,  # the same for the second of them, BQ elements
     decay,  # pointers to the sequence's first chunk or token
     o,
     states,
@@ -93,6 +93,7 @@ def _walk(
     STEPS: tl.constexpr,  # rows of k and v for one of q and o
     ROWS: tl.constexpr,
     BT: tl.constexpr,
+    BQ: tl.constexpr,  # rows of a tile of q and o
     BK: tl.constexpr,
     BV: tl.constexpr,
     OUTPUT: tl.constexpr,  # whether o is written
@@ -125,28 +126,32 @@ def _walk(
         R = dot(low, tl.trans(k_tile), None, PRECISION) * load_vector(factors, line, BT, OWN_TMA)[None, :]
         v_tile = tl.trans(load_tile(v, token, length, v_t, columns, BT, BV, TMA))
         R = (tl.where(values, v_tile, 0.0) - R) * load_vector(factors, line + 3 * BT, BT, OWN_TMA)[None, :]
+        rounded = cast(R, DTYPE)
         if CAREFUL:
-            lost = not_finite(cast(R, DTYPE))
-            R = tl.where(lost, 0.0, R)
-            X = tl.where(lost, float("nan"), dot(cast(R, DTYPE), M_tile, R, PRECISION))
-            live = tl.arange(0, BT) < tl.minimum(length - token, ROWS)
-            bad = not_finite(cast(X, DTYPE)) & live[None, :]
-            X = tl.where(spread(bad, DTYPE, True, PRECISION), float("nan"), X)
+            lost = not_finite(rounded)
+            X = dot(tl.where(lost, 0.0, rounded), M_tile, tl.where(lost, float("nan"), R), PRECISION)
+            row = token + tl.arange(0, BT)
+            first_bad = first_not_finite(cast(X, DTYPE), row)[:, None]
+            good = row[None, :] < first_bad
+            fine = cast(tl.where(good, X, 0.0), DTYPE)
+            X = tl.where(good, X, float("nan"))
         else:
-            X = dot(cast(R, DTYPE), M_tile, R, PRECISION)
+            X = dot(rounded, M_tile, R, PRECISION)
+            fine = cast(X, DTYPE)
         if OUTPUT:
-            q_tile = load_tokens(q, token, length, q_t, K, BT, BK, STEPS, TMA)
-            P_tile = load_tile(P, chunk * HV * BT, last * HV * BT, BT, BT, BT, BT, OWN_TMA)
-            O = dot(low, tl.trans(q_tile), None, PRECISION) * load_vector(factors, line + BT, BT, OWN_TMA)[None, :]
+            first_query = chunk * (ROWS // STEPS)
+            queries = length // STEPS
+            q_tile = load_tile(q, first_query, queries, q_t, K, BQ, BK, TMA)
+            P_tile = load_tile(P, chunk * HV * BT, last * HV * BT, BQ, BQ, BT, BQ, OWN_TMA)
+            b = load_vector(query_factors, line + BT, BQ, OWN_TMA)
+            O = dot(low, tl.trans(q_tile), None, PRECISION) * b[None, :]
+            O = dot(fine, P_tile, O, PRECISION)
             if CAREFUL:
-                bad = not_finite(X)
-                O = dot(cast(tl.where(bad, 0.0, X), DTYPE), P_tile, O, PRECISION)
-                O = tl.where(bad, float("nan"), O)
-            else:
-                O = dot(cast(X, DTYPE), P_tile, O, PRECISION)
+                row = token + tl.arange(0, BQ) * STEPS + (STEPS - 1)
+                O = tl.where(row[None, :] < first_bad, O, float("nan"))
             O = tl.trans(cast(O, DTYPE))
-            live = tl.minimum(length - token, ROWS)
-            store_tokens(o, O, token, live, HV * V, columns, BT, BV, STEPS, TMA and ROWS == BT)
+            live = tl.minimum(queries - first_query, ROWS // STEPS)
+            store_tile(o, O, first_query, live, HV * V, columns, BQ, BV, TMA and ROWS == BQ * STEPS)
         c = load_vector(factors, line + 2 * BT, BT, OWN_TMA)
         S = dot(cast(X * c[None, :], DTYPE), k_tile, S * whole, PRECISION)
     return S
@@ -170,7 +175,7 @@ def forward_kernel(
     k,  # [B, T, H, K]
     v,  # [B, T, HV, V]
     M,  # [slots, HV, BT, BT]
-    P,  # [slots, HV, BT, BT]
+    P,  # [slots, HV, BT, BQ]
     factors,  # [slots, HV, 4, BT]: a, b, c, beta
     decay,  # [slots, HV]
     o,  # [B, T, HV, V]
@@ -199,6 +204,7 @@ def forward_kernel(
     STEPS: tl.constexpr,  # rows of k and v for one of q and o: T and cu_seqlens count the former
     ROWS: tl.constexpr,
     BT: tl.constexpr,
+    BQ: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
     ALIGN: tl.constexpr,  # batch strides are multiples of this
@@ -228,19 +234,22 @@ def forward_kernel(
             zero_rows(o, 0, start // STEPS, HV * V, columns, BT, BV)
         if (n == N - 1) & (last == chunks):
             zero_rows(o, (start + length) // STEPS, T // STEPS, HV * V, columns, BT, BV)
-    whole: tl.constexpr = TMA and ROWS == BT and STEPS == 1
-    o_target = tile_source(o + start // STEPS * (HV * V), length, HV * V, columns, BT, BV, whole)
+    whole: tl.constexpr = TMA and ROWS == BQ * STEPS
+    o_target = tile_source(o + start // STEPS * (HV * V), length // STEPS, HV * V, columns, BQ, BV, whole)
     q += tl.multiple_of(batch * q_b, ALIGN) + start // STEPS * q_t + (head // group) * q_h
     k += tl.multiple_of(batch * k_b, ALIGN) + start * k_t + (head // group) * k_h
     v += tl.multiple_of(batch * v_b, ALIGN) + start * v_t + head * v_h + block * BV
     at = first_of(cu_seqlens, n, start, T, ROWS) * HV + head
     decay += at
-    q_source = tile_source(q, length, q_t, K, BT, BK, TMA and STEPS == 1)
+    q_source = tile_source(q, length // STEPS, q_t, K, BQ, BK, TMA)
     k_source = tile_source(k, length, k_t, K, BT, BK, TMA)
     v_source = tile_source(v, length, v_t, columns, BT, BV, TMA)
     factor_source = vector_source(factors + at * (4 * BT), chunks * HV * (4 * BT), BT, OWN_TMA)
     M_source = tile_source(M + at * (BT * BT), chunks * HV * BT, BT, BT, BT, BT, OWN_TMA)
-    P_source = tile_source(P + at * (BT * BT), chunks * HV * BT, BT, BT, BT, BT, OWN_TMA)
+    P_source = tile_source(P + at * (BT * BQ), chunks * HV * BT, BQ, BQ, BT, BQ, OWN_TMA)
+    query_factors = factor_source
+    if BQ < BT:
+        query_factors = vector_source(factors + at * (4 * BT), chunks * HV * (4 * BT), BQ, OWN_TMA)
     if CHECKPOINT:
         states += (first_of(cu_seqlens, n, start, T, ROWS * CHECKPOINT) * HV + head) * (K * V) + block * BV
     if entry is not None:
@@ -255,6 +264,7 @@ def forward_kernel(
         M_source,
         P_source,
         factor_source,
+        query_factors,
         decay,
         o_target,
         states,
@@ -273,6 +283,7 @@ def forward_kernel(
         STEPS,
         ROWS,
         BT,
+        BQ,
         BK,
         BV,
         OUTPUT=True,
@@ -295,6 +306,7 @@ def forward_kernel(
             M_source,
             P_source,
             factor_source,
+            query_factors,
             decay,
             o_target,
             states,
@@ -313,6 +325,7 @@ def forward_kernel(
             STEPS,
             ROWS,
             BT,
+            BQ,
             BK,
             BV,
             OUTPUT=True,
@@ -391,6 +404,7 @@ def map_kernel(
         M_source,
         None,
         factor_source,
+        None,
         decay,
         None,
         None,
@@ -408,6 +422,7 @@ def map_kernel(
         V,
         1,
         ROWS,
+        BT,
         BT,
         BK,
         BV,
@@ -649,7 +664,7 @@ def forward(q, k, v, beta, g, initial_state, cu_seqlens, *, scale, qk_l2norm, sa
     T *= steps
     cu_seqlens = in_rows(cu_seqlens, steps)
     options = {"scale": scale, "qk_l2norm": qk_l2norm, "forward": True, "BT": BT, "rows": rows, "steps": steps}
-    M, P, factors, decay, _, _ = prepare(q, k, beta, g, cu_seqlens, **options)
+    M, P, factors, decay, *_ = prepare(q, k, beta, g, cu_seqlens, **options)
     align = alignment(q, k, v)
     tma = config.tma and align > 1 and all(x.data_ptr() % 16 == 0 for x in (q, k, v))
     if config.tma:
@@ -674,7 +689,9 @@ def forward(q, k, v, beta, g, initial_state, cu_seqlens, *, scale, qk_l2norm, sa
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *((0, 0, 0) if entry is None else entry.stride()[:3]),
         )  # fmt: skip
         saved = CHECKPOINT if save_states else 0
-        constants = constexprs(**sizes, STEPS=steps, SPLIT=segment is not None, CHECKPOINT=saved, **walk)
+        constants = constexprs(
+            **sizes, BQ=query_rows(BT, steps), STEPS=steps, SPLIT=segment is not None, CHECKPOINT=saved, **walk
+        )
         launch(forward_kernel, (slots * blocks, HV), args, constants)
     return o, final, states
 

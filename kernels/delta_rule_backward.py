@@ -48,14 +48,14 @@ from ._operators import operator
 from ._tiles import (
     cast,
     dot,
+    first_not_finite,
     first_of,
+    last_not_finite,
     load_state,
     load_tile,
-    load_tokens,
     load_vector,
     not_finite,
     segment_of_slot,
-    spread,
     store_state,
     store_tile,
     tile_source,
@@ -63,18 +63,7 @@ from ._tiles import (
     zero_rows,
 )
 from .delta_rule_gradients import row_gradients_kernel, score_gradients_kernel
-from .delta_rule_prepare import alignment, in_rows, padded, padded_sizes, power_of_two, prepare, wider
-
-
-@triton.jit
-def _with_nan(x, source, LATER: tl.constexpr, PRECISION: tl.constexpr):
-    """x with NaN, row by row, in the columns where `source` is not finite and in all columns behind or before them."""
-    return tl.where(spread(not_finite(source), source.dtype, LATER, PRECISION), float("nan"), x)
-
-
-@triton.jit
-def _finite(x):
-    return tl.where(not_finite(x), 0.0, x)
+from .delta_rule_prepare import alignment, in_rows, padded, padded_sizes, power_of_two, prepare, query_rows, wider
 
 
 @triton.jit
@@ -105,6 +94,7 @@ def _replay(
     STAGES: tl.constexpr,
     TMA: tl.constexpr,  # load inputs by descriptors
     OWN_TMA: tl.constexpr,  # load what `prepare` made by descriptors
+    OUT_TMA: tl.constexpr,  # store what the next launches read by descriptors
     PRECISION: tl.constexpr,
 ):
     """The state behind the chunks; writes every chunk's entry state and new values. CAREFUL as in `_walk_back`."""
@@ -118,16 +108,18 @@ def _replay(
         total = tl.load(decay + tl.cast(chunk, tl.int64) * HV)
 
         low = cast(S, DTYPE)
-        store_tile(S0, low, chunk * HV * V, columns, K, K, BV, BK, TMA)
+        store_tile(S0, low, chunk * HV * V, columns, K, K, BV, BK, OUT_TMA)
         x = dot(low, tl.trans(k_tile), None, PRECISION) * load_vector(factors, line, BT, OWN_TMA)[None, :]
         x = (tl.trans(v_tile) - x) * load_vector(factors, line + 3 * BT, BT, OWN_TMA)[None, :]
         R = cast(x, DTYPE)
         if CAREFUL:
-            x = dot(_finite(R), M_tile, _finite(x), PRECISION)
-            x = _with_nan(x, R, True, PRECISION)
+            lost = not_finite(R)
+            x = dot(tl.where(lost, 0.0, R), M_tile, tl.where(lost, float("nan"), x), PRECISION)
+            row = token + tl.arange(0, BT)
+            x = tl.where(row[None, :] < first_not_finite(cast(x, DTYPE), row)[:, None], x, float("nan"))
         else:
             x = dot(R, M_tile, x, PRECISION)
-        store_tile(X, cast(x, DTYPE), chunk * HV * V, columns, BT, BT, BV, BT, TMA)
+        store_tile(X, cast(x, DTYPE), chunk * HV * V, columns, BT, BT, BV, BT, OUT_TMA)
         c = load_vector(factors, line + 2 * BT, BT, OWN_TMA)
         S = dot(cast(x * c[None, :], DTYPE), k_tile, S * total, PRECISION)
     return S
@@ -138,7 +130,7 @@ def _replay_part(
     item, head, HV, k, v, M, factors, decay, states, S0, X, cu_seqlens, T, N, group, k_b, k_t, k_h, v_b, v_t, v_h,
     K: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     ALIGN: tl.constexpr, CHECKPOINT: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr, OWN_TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
+    OUT_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The chunks behind one saved state, for a block of value columns. Arguments as in `walks_kernel`."""
     blocks: tl.constexpr = (V + BV - 1) // BV
@@ -159,20 +151,20 @@ def _replay_part(
         v_source = tile_source(v, length, v_t, columns, BT, BV, TMA)
         factor_source = vector_source(factors + at * (4 * BT), chunks * HV * (4 * BT), BT, OWN_TMA)
         M_source = tile_source(M + at * (BT * BT), chunks * HV * BT, BT, BT, BT, BT, OWN_TMA)
-        S0_target = tile_source(S0 + at * (K * V) + own * K, chunks * HV * V, K, K, BV, BK, TMA)
-        X_target = tile_source(X + at * (BT * V) + own * BT, chunks * HV * V, BT, BT, BV, BT, TMA)
+        S0_target = tile_source(S0 + at * (K * V) + own * K, chunks * HV * V, K, K, BV, BK, OUT_TMA)
+        X_target = tile_source(X + at * (BT * V) + own * BT, chunks * HV * V, BT, BT, BV, BT, OUT_TMA)
         states += (tl.cast(slot, tl.int64) * HV + head) * (K * V) + block * BV
 
         S = load_state(states, V, K, columns, BK, BV)
         S = _replay(
             S, k_source, v_source, M_source, factor_source, decay, S0_target, X_target, first, last, length, k_t, v_t,
-            HV, columns, K, V, ROWS, BT, BK, BV, k.dtype.element_ty, False, STAGES, TMA, OWN_TMA, PRECISION,
+            HV, columns, K, V, ROWS, BT, BK, BV, k.dtype.element_ty, False, STAGES, TMA, OWN_TMA, OUT_TMA, PRECISION,
         )  # fmt: skip
         if tl.sum(not_finite(S).to(tl.int32)) > 0:
             S = load_state(states, V, K, columns, BK, BV)
             _replay(
                 S, k_source, v_source, M_source, factor_source, decay, S0_target, X_target, first, last, length, k_t,
-                v_t, HV, columns, K, V, ROWS, BT, BK, BV, k.dtype.element_ty, True, 1, TMA, OWN_TMA, PRECISION,
+                v_t, HV, columns, K, V, ROWS, BT, BK, BV, k.dtype.element_ty, True, 1, TMA, OWN_TMA, OUT_TMA, PRECISION,
             )  # fmt: skip
 
 
@@ -185,7 +177,9 @@ def _walk_back(
     M,  # sources, row 0 being the sequence's first chunk; from chunk to chunk it is HV * BT rows
     P,
     factors,  # the same, a chunk's four vectors being HV * 4 * BT elements behind those of the chunk before
-    decay,  # a pointer to the sequence's first chunk
+    query_factors,  # the same for the second of them, BQ elements
+    decay,  # pointers to the sequence's first chunk
+    largest,
     dv,
     dR,
     dS,
@@ -202,6 +196,7 @@ def _walk_back(
     STEPS: tl.constexpr,  # rows of k and v for one of q and do
     ROWS: tl.constexpr,
     BT: tl.constexpr,
+    BQ: tl.constexpr,  # rows of a tile of q and do
     BK: tl.constexpr,
     BV: tl.constexpr,
     DTYPE: tl.constexpr,  # of the products' operands
@@ -209,6 +204,7 @@ def _walk_back(
     STAGES: tl.constexpr,
     TMA: tl.constexpr,  # load inputs by descriptors
     OWN_TMA: tl.constexpr,  # load what `prepare` made by descriptors
+    OUT_TMA: tl.constexpr,  # store what the next launches read by descriptors
     PRECISION: tl.constexpr,
 ):
     """The gradient of the state entering chunk `first`.
@@ -217,50 +213,52 @@ def _walk_back(
     It cannot go unseen, since it stays in the gradient of the state: callers look at the result, and walk again with
     CAREFUL where it is not finite. This keeps such rows out of the products.
     """
-    for back in tl.range(0, last - first, num_stages=STAGES):
+    for back in tl.range(0, last - first, num_stages=STAGES, disable_licm=True):
         chunk = last - 1 - back
         token = chunk * ROWS
         end = tl.minimum(length, token + ROWS)
-        q_tile = load_tokens(q, token, end, q_t, K, BT, BK, STEPS, TMA)
+        q_tile = load_tile(q, chunk * (ROWS // STEPS), end // STEPS, q_t, K, BQ, BK, TMA)
         k_tile = load_tile(k, token, end, k_t, K, BT, BK, TMA)
-        do_tile = load_tokens(do, token, end, do_t, columns, BT, BV, STEPS, TMA)
+        do_tile = load_tile(do, chunk * (ROWS // STEPS), end // STEPS, do_t, columns, BQ, BV, TMA)
         M_tile = load_tile(M, chunk * HV * BT, last * HV * BT, BT, BT, BT, BT, OWN_TMA)
-        P_tile = load_tile(P, chunk * HV * BT, last * HV * BT, BT, BT, BT, BT, OWN_TMA)
+        P_tile = load_tile(P, chunk * HV * BT, last * HV * BT, BQ, BQ, BT, BQ, OWN_TMA)
         line = chunk * HV * (4 * BT)
         total = tl.load(decay + tl.cast(chunk, tl.int64) * HV)
 
         low = cast(ds, DTYPE)
         if dS is not None:
-            store_tile(dS, low, chunk * HV * V, columns, K, K, BV, BK, TMA)
+            store_tile(dS, low, chunk * HV * V, columns, K, K, BV, BK, OUT_TMA)
         dx = dot(low, tl.trans(k_tile), None, PRECISION) * load_vector(factors, line + 2 * BT, BT, OWN_TMA)[None, :]
         do_tile = tl.trans(do_tile)
         if CAREFUL:
-            dx = dot(_finite(do_tile), tl.trans(P_tile), dx, PRECISION)
-            dx = _with_nan(dx, do_tile, False, PRECISION)
+            lost = not_finite(do_tile)
+            dx = dot(tl.where(lost, 0.0, do_tile), tl.trans(P_tile), dx, PRECISION)
             rounded = cast(dx, DTYPE)
-            dr = dot(_finite(rounded), tl.trans(M_tile), _finite(dx), PRECISION)
-            dr = _with_nan(dr, rounded, False, PRECISION)
+            row = token + tl.arange(0, BT)
+            last_lost = last_not_finite(do_tile, token + tl.arange(0, BQ) * STEPS + (STEPS - 1))
+            last_lost = tl.maximum(last_lost, last_not_finite(rounded, row))
+            lost = row[None, :] <= last_lost[:, None]
+            dr = dot(tl.where(lost, 0.0, rounded), tl.trans(M_tile), tl.where(lost, float("nan"), dx), PRECISION)
         else:
             dx = dot(do_tile, tl.trans(P_tile), dx, PRECISION)
             dr = dot(cast(dx, DTYPE), tl.trans(M_tile), dx, PRECISION)
         if dR is not None:
-            store_tile(dR, cast(dr, DTYPE), chunk * HV * V, columns, BT, BT, BV, BT, TMA)
+            store_tile(dR, cast(dr, DTYPE), chunk * HV * V, columns, BT, BT, BV, BT, OUT_TMA)
         dr = dr * load_vector(factors, line + 3 * BT, BT, OWN_TMA)[None, :]
         if dv is not None:
             store_tile(dv, tl.trans(cast(dr, DTYPE)), token, end - token, HV * V, columns, BT, BV, TMA)
         a = load_vector(factors, line, BT, OWN_TMA)
-        b = load_vector(factors, line + BT, BT, OWN_TMA)
-        if tl.float16 == DTYPE:
-            # Its smallest number is 6e-8: the largest factor stays outside of the products, but not that of a zero row
-            # under qk_l2norm, 1000, which would make all others small.
-            largest = tl.minimum(tl.maximum(tl.max(tl.maximum(tl.abs(a), tl.abs(b)), 0), 1.2e-38), 8.0)
-            a = a / largest
-            b = b / largest
-            total = total / largest
-        ds = dot(cast(do_tile * b[None, :], DTYPE), q_tile, ds * total, PRECISION)
-        ds = dot(cast(dr * -a[None, :], DTYPE), k_tile, ds, PRECISION)
-        if tl.float16 == DTYPE:
-            ds = ds * largest
+        b = load_vector(query_factors, line + BT, BQ, OWN_TMA)
+        if largest is not None:  # float16's smallest number is 6e-8: the largest factor stays outside of the products
+            factor = tl.load(largest + tl.cast(chunk, tl.int64) * HV)
+            inverse = 1 / factor
+            a = a * inverse
+            b = b * inverse
+            total = total * inverse
+        ds = dot(cast(dr * -a[None, :], DTYPE), k_tile, ds * total, PRECISION)
+        ds = dot(cast(do_tile * b[None, :], DTYPE), q_tile, ds, PRECISION)
+        if largest is not None:
+            ds = ds * factor
     return ds
 
 
@@ -278,10 +276,10 @@ def _zero_or(
 
 @triton.jit
 def _reverse(
-    item, head, HV, q, k, do, M, P, factors, decay, dfinal_state, dv, dR, dS, dinitial_state, cu_seqlens, T, N, group,
-    q_b, q_t, q_h, k_b, k_t, k_h, do_b, do_t, do_h, K: tl.constexpr, V: tl.constexpr, STEPS: tl.constexpr,
-    ROWS: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, ALIGN: tl.constexpr,
-    STAGES: tl.constexpr, TMA: tl.constexpr, OWN_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    item, head, HV, q, k, do, M, P, factors, decay, largest, dfinal_state, dv, dR, dS, dinitial_state, cu_seqlens, T,
+    N, group, q_b, q_t, q_h, k_b, k_t, k_h, do_b, do_t, do_h, K: tl.constexpr, V: tl.constexpr, STEPS: tl.constexpr,
+    ROWS: tl.constexpr, BT: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, ALIGN: tl.constexpr,
+    STAGES: tl.constexpr, TMA: tl.constexpr, OWN_TMA: tl.constexpr, OUT_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One sequence, for a block of value columns. Arguments as in `walks_kernel`."""
     blocks: tl.constexpr = (V + BV - 1) // BV
@@ -295,12 +293,17 @@ def _reverse(
     k += tl.multiple_of(batch * k_b, ALIGN) + start * k_t + (head // group) * k_h
     do += tl.multiple_of(batch * do_b, ALIGN) + start // STEPS * do_t + head * do_h + block * BV
     decay += at
-    q_source = tile_source(q, length, q_t, K, BT, BK, TMA and STEPS == 1)
+    if largest is not None:
+        largest += at
+    q_source = tile_source(q, length // STEPS, q_t, K, BQ, BK, TMA)
     k_source = tile_source(k, length, k_t, K, BT, BK, TMA)
-    do_source = tile_source(do, length, do_t, columns, BT, BV, TMA and STEPS == 1)
+    do_source = tile_source(do, length // STEPS, do_t, columns, BQ, BV, TMA)
     factor_source = vector_source(factors + at * (4 * BT), chunks * HV * (4 * BT), BT, OWN_TMA)
     M_source = tile_source(M + at * (BT * BT), chunks * HV * BT, BT, BT, BT, BT, OWN_TMA)
-    P_source = tile_source(P + at * (BT * BT), chunks * HV * BT, BT, BT, BT, BT, OWN_TMA)
+    P_source = tile_source(P + at * (BT * BQ), chunks * HV * BT, BQ, BQ, BT, BQ, OWN_TMA)
+    query_factors = factor_source
+    if BQ < BT:
+        query_factors = vector_source(factors + at * (4 * BT), chunks * HV * (4 * BT), BQ, OWN_TMA)
     if dv is not None:
         dv += (batch * T * HV + head) * V + block * BV
         if cu_seqlens is not None:  # rows that no sequence covers
@@ -310,22 +313,22 @@ def _reverse(
                 zero_rows(dv, start + length, T, HV * V, columns, BT, BV)
         dv = tile_source(dv + start * (HV * V), length, HV * V, columns, BT, BV, TMA)
     if dR is not None:
-        dR = tile_source(dR + at * (BT * V) + own * BT, chunks * HV * V, BT, BT, BV, BT, TMA)
+        dR = tile_source(dR + at * (BT * V) + own * BT, chunks * HV * V, BT, BT, BV, BT, OUT_TMA)
     if dS is not None:
-        dS = tile_source(dS + at * (K * V) + own * K, chunks * HV * V, K, K, BV, BK, TMA)
+        dS = tile_source(dS + at * (K * V) + own * K, chunks * HV * V, K, K, BV, BK, OUT_TMA)
 
     ds = _zero_or(dfinal_state, n, head, HV, block, columns, K, V, BK, BV, factors.dtype.element_ty)
     ds = _walk_back(
-        ds, q_source, k_source, do_source, M_source, P_source, factor_source, decay, dv, dR, dS, 0, chunks, length, q_t,
-        k_t, do_t, HV, columns, K, V, STEPS, ROWS, BT, BK, BV, k.dtype.element_ty, False, STAGES, TMA, OWN_TMA,
-        PRECISION,
+        ds, q_source, k_source, do_source, M_source, P_source, factor_source, query_factors, decay, largest, dv, dR, dS,
+        0, chunks, length, q_t, k_t, do_t, HV, columns, K, V, STEPS, ROWS, BT, BQ, BK, BV, k.dtype.element_ty, False,
+        STAGES, TMA, OWN_TMA, OUT_TMA, PRECISION,
     )  # fmt: skip
     if tl.sum(not_finite(ds).to(tl.int32)) > 0:
         ds = _zero_or(dfinal_state, n, head, HV, block, columns, K, V, BK, BV, factors.dtype.element_ty)
         ds = _walk_back(
-            ds, q_source, k_source, do_source, M_source, P_source, factor_source, decay, dv, dR, dS, 0, chunks, length,
-            q_t, k_t, do_t, HV, columns, K, V, STEPS, ROWS, BT, BK, BV, k.dtype.element_ty, True, 1, TMA, OWN_TMA,
-            PRECISION,
+            ds, q_source, k_source, do_source, M_source, P_source, factor_source, query_factors, decay, largest, dv, dR,
+            dS, 0, chunks, length, q_t, k_t, do_t, HV, columns, K, V, STEPS, ROWS, BT, BQ, BK, BV, k.dtype.element_ty,
+            True, 1, TMA, OWN_TMA, OUT_TMA, PRECISION,
         )  # fmt: skip
     if dinitial_state is not None:
         ds = cast(ds, dinitial_state.dtype.element_ty)
@@ -339,9 +342,10 @@ def walks_kernel(
     v,  # [B, T, HV, V]
     do,  # [B, T, HV, V]
     M,  # [slots, HV, BT, BT]
-    P,  # [slots, HV, BT, BT]
+    P,  # [slots, HV, BT, BQ]
     factors,  # [slots, HV, 4, BT]: a, b, c, beta
     decay,  # [slots, HV]
+    largest,  # [slots, HV] or None: about the largest of a and b
     states,  # [checkpoint slots, HV, K, V]
     dfinal_state,  # [N, HV, K, V] or None
     S0,  # [slots, HV, V, K] or None: the state entering each chunk
@@ -372,6 +376,7 @@ def walks_kernel(
     STEPS: tl.constexpr,  # rows of k and v for one of q and do: T and cu_seqlens count the former
     ROWS: tl.constexpr,
     BT: tl.constexpr,
+    BQ: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
     ALIGN: tl.constexpr,  # the batch strides of q, k, v and do are multiples of this
@@ -382,6 +387,7 @@ def walks_kernel(
     REPLAY_STAGES: tl.constexpr,
     TMA: tl.constexpr,  # load inputs by descriptors
     OWN_TMA: tl.constexpr,  # load what `prepare` made by descriptors
+    OUT_TMA: tl.constexpr,  # store what the next launches read by descriptors
     PRECISION: tl.constexpr,
 ):
     """The reverse walks, which are few and long, in the first programs; the replays run beside them."""
@@ -392,15 +398,16 @@ def walks_kernel(
     if REVERSE:
         if item < walks:
             _reverse(
-                item, head, HV, q, k, do, M, P, factors, decay, dfinal_state, dv, dR, dS, dinitial_state, cu_seqlens,
-                T, N, group, q_b, q_t, q_h, k_b, k_t, k_h, do_b, do_t, do_h, K, V, STEPS, ROWS, BT, BK, BV, ALIGN,
-                REVERSE_STAGES, TMA, OWN_TMA, PRECISION,
+                item, head, HV, q, k, do, M, P, factors, decay, largest, dfinal_state, dv, dR, dS, dinitial_state,
+                cu_seqlens, T, N, group, q_b, q_t, q_h, k_b, k_t, k_h, do_b, do_t, do_h, K, V, STEPS, ROWS, BT, BQ, BK,
+                BV, ALIGN, REVERSE_STAGES, TMA, OWN_TMA, OUT_TMA, PRECISION,
             )  # fmt: skip
     if REPLAY:
         if item >= walks:
             _replay_part(
                 item - walks, head, HV, k, v, M, factors, decay, states, S0, X, cu_seqlens, T, N, group, k_b, k_t,
-                k_h, v_b, v_t, v_h, K, V, ROWS, BT, BK, BV, ALIGN, CHECKPOINT, REPLAY_STAGES, TMA, OWN_TMA, PRECISION,
+                k_h, v_b, v_t, v_h, K, V, ROWS, BT, BK, BV, ALIGN, CHECKPOINT, REPLAY_STAGES, TMA, OWN_TMA, OUT_TMA,
+                PRECISION,
             )  # fmt: skip
 
 
@@ -474,7 +481,7 @@ def backward(
     if dfinal_state is not None:
         dfinal_state = dfinal_state.contiguous()
     options = {"scale": scale, "qk_l2norm": qk_l2norm, "forward": False, "BT": BT, "rows": rows, "steps": steps}
-    M, P, factors, decay, gamma, norms = prepare(q, k, beta, g, cu_seqlens, **options)
+    M, P, factors, decay, gamma, norms, largest = prepare(q, k, beta, g, cu_seqlens, **options)
     slots = chunk_slots(B, T, cu_seqlens, rows)
     keys = need_k or need_beta or need_g
     rows_too = need_q or keys
@@ -490,14 +497,15 @@ def backward(
     own = torch.empty(slots, HV, BT, dtype=compute, device=q.device) if apart and need_g else None
 
     align = alignment(q, k, v, do)
-    tma = config.tma and align > 1 and rows == BT and power_of_two(K) == K
-    tma = tma and V % BV == 0 and all(x.data_ptr() % 16 == 0 for x in (q, k, v, do))
+    BQ = query_rows(BT, steps)
+    out_tma = config.tma and power_of_two(K) == K and V % BV == 0
+    tma = out_tma and align > 1 and rows == BT == BQ * steps and all(x.data_ptr() % 16 == 0 for x in (q, k, v, do))
     if config.tma:
         allow_descriptors()
     blocks = cdiv(V, BV)
     lengths = (cu_seqlens, T, N)
     sizes = {"K": K, "V": V, "STEPS": steps, "ROWS": rows, "BT": BT, "BK": power_of_two(K), "BV": BV, "ALIGN": align}
-    walk = {"TMA": tma, "OWN_TMA": config.tma, "PRECISION": precision(q.dtype)} | config.options
+    walk = {"TMA": tma, "OWN_TMA": config.tma, "OUT_TMA": out_tma, "PRECISION": precision(q.dtype)} | config.options
     two = min(config.num_stages, 2)
     stages = config.num_stages if N * HV * blocks <= multiprocessors(q) and tma else two  # as in the forward
 
@@ -512,11 +520,12 @@ def backward(
         if reverse or replay:
             programs = (reverse * N + replay * states.shape[0]) * blocks * HV
             args = (
-                q, k, v, do, M, P, factors, decay, states, dfinal_state, S0, X, dv, dR, dS, dinitial_state, *lengths,
-                HV, HV // H, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
+                q, k, v, do, M, P, factors, decay, largest, states, dfinal_state, S0, X, dv, dR, dS, dinitial_state,
+                *lengths, HV, HV // H, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
             )  # fmt: skip
             constants = constexprs(
                 **sizes,
+                BQ=BQ,
                 CHECKPOINT=CHECKPOINT,
                 REVERSE=reverse,
                 REPLAY=replay,
@@ -530,7 +539,7 @@ def backward(
                 k, v, do, P, gamma, norms, factors, X, dR, inner, sums, cu_seqlens, scale, T, N, HV // H,
                 *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
             )  # fmt: skip
-            constants = constexprs(**by_chunk("scores"))
+            constants = constexprs(**by_chunk("scores"), BQ=BQ)
             launch(score_gradients_kernel, (slots, HV), args, constants)
             args = (
                 q, k, do, inner, sums, own, norms, factors, decay, S0, X, dR, dS, dq, dk, dbeta, dg, cu_seqlens, T, N,

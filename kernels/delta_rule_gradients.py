@@ -10,7 +10,7 @@ In one kernel both would need more registers than there are. Products with matri
 import triton
 import triton.language as tl
 
-from ._tiles import cast, dot, not_finite, segment_of_slot, spread, store_tokens
+from ._tiles import cast, dot, last_not_finite, segment_of_slot
 
 
 @triton.jit
@@ -63,6 +63,16 @@ def _tokens_of(x, stride, rows, columns, BT: tl.constexpr, BD: tl.constexpr, STE
 
 
 @triton.jit
+def _store_tokens(to, x, first, rows, stride, columns, STEPS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
+    """Write the rows that `_tokens_of` reads of x [BT, BD], row 0 being row `first` of the tensor times STEPS."""
+    row = tl.arange(0, BT)
+    column = tl.arange(0, BD)
+    at = ((first + row) // STEPS).to(tl.int64)[:, None] * stride + column[None, :]
+    mask = ((row < rows) & (row % STEPS == STEPS - 1))[:, None] & (column < columns)[None, :]
+    tl.store(to + at, x, mask=mask)
+
+
+@triton.jit
 def _rolled(V: tl.constexpr, BV: tl.constexpr):
     """V, the end of a loop in steps of BV. From five steps on the compiler is not to know it: it would write them out.
 
@@ -80,10 +90,8 @@ def _sums_from(x, BT: tl.constexpr, PARTS: tl.constexpr):
     """
     row = tl.arange(0, BT)
     triangle = tl.where(row[:, None] >= row[None, :], 1.0, tl.zeros_like(x))
-    bad = not_finite(x)
-    any_bad = tl.sum(bad.to(tl.int32)) > 0
-    if any_bad:
-        x = tl.where(bad, 0.0, x)
+    lost = row[None, :] <= last_not_finite(x, row)[:, None]
+    x = tl.where(lost, 0.0, x)
     if PARTS == 1:
         sums = dot(x, triangle, None, "ieee")
     else:
@@ -91,10 +99,7 @@ def _sums_from(x, BT: tl.constexpr, PARTS: tl.constexpr):
         high = cast(x, tl.bfloat16)
         sums = dot(high, ones, None, "ieee")
         sums = dot(cast(x - high.to(x.dtype), tl.bfloat16), ones, sums, "ieee")
-    if any_bad:
-        counted: tl.constexpr = x.dtype if PARTS == 1 else tl.bfloat16
-        sums = tl.where(spread(bad, counted, False, "ieee"), float("nan"), sums)
-    return sums
+    return tl.where(lost, float("nan"), sums)
 
 
 @triton.jit
@@ -124,7 +129,7 @@ def _store_rows(
         r = tl.load(norm + tl.arange(0, BT))
         grad *= r[:, None]
         grad -= x * (tl.sum(grad * x, 1) * r * r)[:, None]
-    store_tokens(dx, cast(grad, dx.dtype.element_ty), token, live, row_stride, K, BT, BK, STEPS, False)
+    _store_tokens(dx, cast(grad, dx.dtype.element_ty), token, live, row_stride, K, STEPS, BT, BK)
 
 
 @triton.jit
@@ -134,12 +139,20 @@ def _square(x, BT: tl.constexpr):
     return x + row[:, None] * BT + row[None, :]
 
 
+@triton.jit
+def _spread_queries(P, STEPS: tl.constexpr, BT: tl.constexpr, BQ: tl.constexpr):
+    """P [BT, BQ] as a matrix [BT, BT], whose columns between those of queries are zero."""
+    row = tl.arange(0, BT)
+    at = row[:, None] * BQ + row[None, :] // STEPS
+    return tl.load(P + at, mask=(row % STEPS == STEPS - 1)[None, :], other=0.0)
+
+
 @triton.jit(do_not_specialize=["T", "N", "k_b", "v_b", "do_b", "scale"])
 def score_gradients_kernel(
     k,  # [B, T, H, K]
     v,  # [B, T, HV, V]
     do,  # [B, T, HV, V]
-    P,  # [slots, HV, BT, BT]
+    P,  # [slots, HV, BT, BQ]
     gamma,  # [slots, HV, BT, BT] or None
     norms,  # [slots, HV, 2, BT] or None: r_k, r_q
     factors,  # [slots, HV, 4, BT]: a, b, c, beta
@@ -166,6 +179,7 @@ def score_gradients_kernel(
     STEPS: tl.constexpr,  # rows of k and v for one of q, do and g: T and cu_seqlens count the former
     ROWS: tl.constexpr,
     BT: tl.constexpr,
+    BQ: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
     ALIGN: tl.constexpr,  # the batch strides of k, v and do are multiples of this
@@ -210,7 +224,7 @@ def score_gradients_kernel(
                 v_tile = _rows_of(v + first, v_t, live, columns, BT, BV)
                 dots += tl.sum(dR_tile.to(compute) * tl.trans(v_tile), 0)
     if sums is not None:
-        paths = scores * tl.load(_square(P + at * (BT * BT), BT))
+        paths = scores * _spread_queries(P + at * (BT * BQ), STEPS, BT, BQ)
     if gamma is not None:
         between = tl.load(_square(gamma + at * (BT * BT), BT)).to(compute)
         scores *= between
@@ -425,7 +439,7 @@ def row_gradients_kernel(
             k_tile = _rows_of(k, k_t, live, K, BT, BK)
 
             if (QUERIES or (dg is not None)) and part == 0:
-                b = tl.load(factors + at * (4 * BT) + BT + row)
+                b = tl.load(factors + at * (4 * BT) + BT + row // STEPS)
                 if norms is not None:
                     b = b / tl.load(norm_q + row)
                 through *= b[:, None]

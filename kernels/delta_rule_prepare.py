@@ -11,7 +11,7 @@ The gate is a diagonal similarity, so the inverse does not see it (reference/del
 input dtype and transposed, [j, i], zero outside the live triangle, so that rows behind a sequence's end add nothing to
 any product; the inverse, the exponents and the row factors are float32 (float64 for float64). M leaves out the ones of
 the diagonal: a product with the inverse is x + M x, whose first term needs no rounding. beta is copied beside the row
-factors.
+factors. Of DeltaProduct's rows only every n-th has a query: P has a column, and b an element, a query.
 """
 
 from typing import NamedTuple
@@ -110,6 +110,15 @@ def _load_rows(x, stride, row, live, first, K: tl.constexpr, BK: tl.constexpr, S
 
 
 @triton.jit
+def _store_tokens(to, x, row, STEPS: tl.constexpr, BT: tl.constexpr, BQ: tl.constexpr):
+    """Store the last of each STEPS columns of x, `row` [.., BT], side by side, and zeros behind them up to BQ."""
+    tl.store(to + row // STEPS, x, mask=row % STEPS == STEPS - 1)
+    if BT // STEPS < BQ:
+        behind = BT // STEPS + row
+        tl.store(to + behind, tl.zeros_like(x), mask=behind < BQ)
+
+
+@triton.jit
 def _diagonal(x, j, i):
     return tl.sum(tl.where(j == i, x, 0.0), 1)
 
@@ -121,11 +130,12 @@ def prepare_kernel(
     beta,  # [B, T, HV]
     g,  # [B, T, HV] or None
     M,  # [slots, HV, BT, BT]
-    P,  # [slots, HV, BT, BT]
+    P,  # [slots, HV, BT, BQ]
     factors,  # [slots, HV, 4, BT]: a, b, c, beta
     decay,  # [slots, HV]
     gamma,  # [slots, HV, BT, BT] or None
     norms,  # [slots, HV, 2, BT] or None
+    largest,  # [slots, HV] or None
     scratch,  # [slots, HV, 17, BT]
     cu_seqlens,  # [N + 1] or None
     scale,
@@ -148,6 +158,7 @@ def prepare_kernel(
     STEPS: tl.constexpr,  # rows of k and beta for one of q and g: T and cu_seqlens count the former
     ROWS: tl.constexpr,  # live rows of a chunk, at most BT, a multiple of STEPS
     BT: tl.constexpr,
+    BQ: tl.constexpr,
     BK: tl.constexpr,
     ALIGN: tl.constexpr,  # batch strides of q and k are multiples of this
     QK_L2NORM: tl.constexpr,
@@ -217,15 +228,23 @@ def prepare_kernel(
         if gamma is not None:
             tl.store(gamma + tile, cast(decays, gamma.dtype.element_ty))
     # What lies above the diagonal, whatever it is, is left out, not multiplied by 0.
-    tl.store(P + tile, cast(tl.where(j <= i, kq, 0.0), P.dtype.element_ty))
+    _store_tokens(P + here * (BT * BQ) + j * BQ, cast(tl.where(j <= i, kq, 0.0), P.dtype.element_ty), i, STEPS, BT, BQ)
 
     entry = tl.exp(before)
-    factors += here * (4 * BT) + row
-    tl.store(factors, entry * k_norm)
-    tl.store(factors + BT, entry * (scale * q_norm))
+    factors += here * (4 * BT)
+    a = entry * k_norm
+    b = entry * (scale * q_norm)
+    _store_tokens(factors + BT, b, row, STEPS, BT, BT)
+    factors += row
+    tl.store(factors, a)
     tl.store(factors + 2 * BT, tl.exp(after) * k_norm)
     tl.store(factors + 3 * BT, rate)
     tl.store(decay + here, tl.exp(tl.sum(gate, 0)))
+    if largest is not None:
+        # Not that of a zero row under qk_l2norm, 1000, which would make all others small.
+        factor = tl.minimum(tl.maximum(tl.max(tl.maximum(tl.abs(a), tl.abs(b)), 0), 1.2e-38), 8.0)
+        power_of_two = factor.to(tl.int32, bitcast=True) & 0x7F800000
+        tl.store(largest + here, power_of_two.to(tl.float32, bitcast=True))
     if norms is not None:
         tl.store(norms + here * (2 * BT) + row, k_norm)
         tl.store(norms + here * (2 * BT) + BT + row, q_norm)
@@ -250,11 +269,12 @@ class Chunks(NamedTuple):
     """What `prepare` returns; see the top of the file."""
 
     M: torch.Tensor  # [slots, HV, BT, BT]
-    P: torch.Tensor  # [slots, HV, BT, BT]
-    factors: torch.Tensor  # [slots, HV, 4, BT]: a, b, c, beta; zeros behind the live rows
+    P: torch.Tensor  # [slots, HV, BT, BQ]
+    factors: torch.Tensor  # [slots, HV, 4, BT]: a, b, c, beta; zeros behind the live rows; of b the first BQ are used
     decay: torch.Tensor  # [slots, HV]
     gamma: torch.Tensor | None  # [slots, HV, BT, BT]: e^{G_i - G_j} at [j, i], i >= j
     norms: torch.Tensor | None  # [slots, HV, 2, BT]: r_k, r_q
+    largest: torch.Tensor | None  # [slots, HV]: about the largest of a and b, a power of two
 
 
 def in_rows(cu_seqlens: torch.Tensor | None, steps: int) -> torch.Tensor | None:
@@ -265,6 +285,11 @@ def in_rows(cu_seqlens: torch.Tensor | None, steps: int) -> torch.Tensor | None:
 def power_of_two(n: int) -> int:
     """The extent of a tile that holds n channels: products take 16 at least."""
     return max(16, 1 << (n - 1).bit_length())
+
+
+def query_rows(BT: int, steps: int) -> int:
+    """BQ, the extent of a tile that holds the queries of a chunk of BT rows of keys: one for `steps` of them."""
+    return BT if steps == 1 else power_of_two(BT // steps)
 
 
 def wider(q: torch.Tensor, v: torch.Tensor) -> torch.dtype | None:
@@ -304,7 +329,7 @@ def alignment(*tensors: torch.Tensor) -> int:
 
 
 def prepare(q, k, beta, g, cu_seqlens, *, scale, qk_l2norm, forward, BT, rows=None, steps=1) -> Chunks:
-    """The backward also wants gamma, with a gate, and the norms, with qk_l2norm.
+    """The backward also wants gamma, with a gate, the norms, with qk_l2norm, and for float16 the largest factors.
 
     `rows`: the live rows of a chunk of BT, all by default. `steps`: rows of k and beta for one of q and g; cu_seqlens
     counts the former. q and k have unit stride along their last dimension.
@@ -318,24 +343,27 @@ def prepare(q, k, beta, g, cu_seqlens, *, scale, qk_l2norm, forward, BT, rows=No
     config = delta_rule_prepare_config(K, BT, q.dtype, arch())
     compute = torch.promote_types(q.dtype, torch.float32)
     M = torch.empty(slots, HV, BT, BT, dtype=q.dtype, device=q.device)
-    P = torch.empty_like(M)
+    BQ = query_rows(BT, steps)
+    P = torch.empty(slots, HV, BT, BQ, dtype=q.dtype, device=q.device)
     factors = torch.empty(slots, HV, 4, BT, dtype=compute, device=q.device)
     decay = torch.empty(slots, HV, dtype=compute, device=q.device)
     scratch = torch.empty(slots, HV, 17, BT, dtype=compute, device=q.device)
     gamma = None if forward or g is None else torch.empty_like(M)
     norms = torch.empty_like(factors[:, :, :2]) if qk_l2norm and not forward else None
+    largest = None if forward or q.dtype != torch.float16 else torch.empty_like(decay)
     if slots and T:
         with on_device(q):
             args = (
-                q, k, beta, g, M, P, factors, decay, gamma, norms, scratch, cu_seqlens, scale, T, 0 if cu_seqlens is
-                None else cu_seqlens.shape[0] - 1, HV // H, *q.stride()[:3], *k.stride()[:3], *beta.stride(), *((0, 0,
-                0) if g is None else g.stride()),
+                q, k, beta, g, M, P, factors, decay, gamma, norms, largest, scratch, cu_seqlens, scale, T, 0 if
+                cu_seqlens is None else cu_seqlens.shape[0] - 1, HV // H, *q.stride()[:3], *k.stride()[:3],
+                *beta.stride(), *((0, 0, 0) if g is None else g.stride()),
             )  # fmt: skip
             constants = constexprs(
                 K=K,
                 STEPS=steps,
                 ROWS=rows,
                 BT=BT,
+                BQ=BQ,
                 BK=config.BK,
                 ALIGN=alignment(q, k),
                 QK_L2NORM=qk_l2norm,
@@ -344,7 +372,7 @@ def prepare(q, k, beta, g, cu_seqlens, *, scale, qk_l2norm, forward, BT, rows=No
                 **config.options,
             )
             launch(prepare_kernel, (slots, HV), args, constants)
-    return Chunks(M, P, factors, decay, gamma, norms)
+    return Chunks(M, P, factors, decay, gamma, norms, largest)
 
 
 def inverse_precision(dtype: torch.dtype) -> str:

@@ -83,6 +83,17 @@ def _add(total, lost, x):
     return more, (more - total) - y
 
 
+@triton.jit
+def _as_read_from(memory, x):
+    """x in the layout in which Triton reads this memory: in another one it would compute every decay twice, once for
+    the states and once for their gradient."""
+    tl.store(memory, x)
+    tl.debug_barrier()
+    x = tl.load(memory)
+    tl.debug_barrier()
+    return x
+
+
 @triton.jit(do_not_specialize=_RUN_TIME)
 def reverse_kernel(
     delta,  # [B, Di, L]
@@ -224,13 +235,15 @@ def gradients_kernel(
     u += batch * u_b + start * u_t + channel
     delta += batch * delta_b + start * delta_t + channel
     dy += batch * dy_b + start * dy_t + channel
-    a = load_states(A, A_d, A_n, channel, live, N, BN, dtype) * LOG2_E
+    RUNS: tl.constexpr = CHECKPOINT // RUN
+    scratch += tl.program_id(0).to(tl.int64) * (RUNS * BN * BD) + n[:, None] * BD + tl.arange(0, BD)[None, :]
+    a = _as_read_from(scratch, load_states(A, A_d, A_n, channel, live, N, BN, dtype) * LOG2_E)
     skip = load_channels(D, D_d, channel, live, dtype)
     bias = load_channels(delta_bias, bias_d, channel, live, dtype)
     G = tl.zeros([BN, BD], dtype)
     if exit is not None:
         exit += (tl.cast(slot, tl.int64) if SPLIT else s) * exit_s
-        G += load_states(exit, exit_d, exit_n, channel, live, N, BN, dtype)
+        G = _as_read_from(scratch, load_states(exit, exit_d, exit_n, channel, live, N, BN, dtype))
     if CONSTANT_B:
         b = load_states(B, B_g, B_t, channel, live, N, BN, dtype)
         sum_B = tl.zeros([BN, BD], dtype)
@@ -241,8 +254,6 @@ def gradients_kernel(
     sum_D, lost_D = tl.zeros([BD], dtype), tl.zeros([BD], dtype)
     sum_bias, lost_bias = tl.zeros([BD], dtype), tl.zeros([BD], dtype)
     saved = first_of(cu_seqlens, s, start, L, CHECKPOINT)
-    RUNS: tl.constexpr = CHECKPOINT // RUN
-    scratch += tl.program_id(0).to(tl.int64) * (RUNS * BN * BD) + n[:, None] * BD + tl.arange(0, BD)[None, :]
 
     checkpoints = tl.cdiv(last - first, CHECKPOINT)
     for j in range(0, checkpoints):
