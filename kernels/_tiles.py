@@ -151,6 +151,15 @@ def load_tile(source, first, rows, stride, columns, BT: tl.constexpr, BD: tl.con
 
 
 @triton.jit
+def offset_of(chunk, size, TMA: tl.constexpr):
+    """Where a chunk's part of `size` begins: coordinates of descriptors have 32 bits, offsets need 64."""
+    if TMA:
+        return chunk * size
+    else:
+        return tl.cast(chunk, tl.int64) * size
+
+
+@triton.jit
 def vector_source(base, size, BT: tl.constexpr, TMA: tl.constexpr):
     """What `load_vector` reads runs of BT elements from: a tensor descriptor of `size` elements, or a pointer."""
     if TMA:
@@ -165,7 +174,7 @@ def load_vector(source, first, BT: tl.constexpr, TMA: tl.constexpr):
     if TMA:
         return source.load([first])
     else:
-        return tl.load(source + tl.cast(first, tl.int64) + tl.arange(0, BT))
+        return tl.load(source + first + tl.arange(0, BT))
 
 
 @triton.jit
@@ -176,8 +185,9 @@ def store_tile(target, x, first, rows, stride, columns, BT: tl.constexpr, BD: tl
     else:
         row = tl.arange(0, BT)
         column = tl.arange(0, BD)
-        at = (first + row).to(tl.int64)[:, None] * stride + column[None, :]
-        tl.store(target + at, x, mask=(row < rows)[:, None] & (column < columns)[None, :])
+        at = row.to(tl.int64)[:, None] * stride + column[None, :]
+        mask = (row < rows)[:, None] & (column < columns)[None, :]
+        tl.store(target + tl.cast(first, tl.int64) * stride + at, x, mask=mask)
 
 
 @triton.jit

@@ -44,29 +44,46 @@ def narrow_offsets(ttir: str) -> list[str]:
     of programs times a number of something is a size.
     """
     bounded, constants, grid, narrow, found = set(), {}, set(), {}, []
-    # Loops carry values from their end to their start: a second round sees what the first brought there.
+
+    def define(name: str, cause: str | None = None) -> None:
+        """A new value. Regions that lie side by side use the same names."""
+        for known in (bounded, grid):
+            known.discard(name)
+        constants.pop(name, None)
+        narrow.pop(name, None)
+        if cause:
+            narrow[name] = cause
+
+    carried = {}  # (line of a loop's head, name) -> cause: what comes there from the loop's end, in the second round
     for _ in range(2):
-        carried = []
-        for line in ttir.splitlines():
+        regions = []  # the open ones: (line of the head, values carried around, results, depth outside)
+        depth = 0
+        for number, line in enumerate(ttir.splitlines()):
             line = line.split(" loc(")[0]
-            if "iter_args(" in line:
-                pairs = re.findall(r"%([\w-]+) = %([\w-]+)", line[line.index("iter_args(") :])
-                results = re.match(r"\s*%([\w-]+)", line)
-                carried.append(([inside for inside, _ in pairs], results and results[1]))
+            opens = re.search(r"\bscf\.(for|if|while)\b", line)
+            if opens:
+                pairs = re.findall(r"%([\w-]+) = %([\w-]+)", line.partition("iter_args(")[2])
                 for inside, before in pairs:
-                    if before in narrow:
-                        narrow[inside] = narrow[before]
-            if line.strip().startswith("scf.yield") and carried:
-                inside, result = carried[-1]
-                values = _NAME.findall(line.split(":")[0])
-                for name, value in zip(inside, values, strict=False):
-                    if value in narrow:
-                        narrow[name] = narrow[result] = narrow[value]
+                    define(inside, narrow.get(before) or carried.get((number, inside)))
+                result = re.match(r"\s*%([\w-]+)(?::\d+)? = ", line)
+                if result:
+                    define(result[1])
+                regions.append((number, [inside for inside, _ in pairs], result and result[1], depth))
+            elif line.strip().startswith("scf.yield") and regions:
+                head, inside, result, _ = regions[-1]
+                causes = [narrow.get(value) for value in _NAME.findall(line.split(":")[0])]
+                carried |= {(head, name): cause for name, cause in zip(inside, causes, strict=False) if cause}
+                if result and any(causes):
+                    narrow[result] = next(filter(None, causes))
+            depth += line.count("{") - line.count("}")
+            while regions and depth <= regions[-1][3] and "{" not in line:
+                regions.pop()
             match = _RESULT.match(line)
-            if not match:
+            if not match or opens:
                 continue
             name, operation, rest = match.groups()
             operands = _NAME.findall(rest)
+            define(name)
             if operation == "arith.constant":
                 value = re.match(r"\s*(?:dense<)?(-?\d+)>? :", rest)
                 if value:

@@ -51,6 +51,7 @@ from ._tiles import (
     load_tile,
     load_vector,
     not_finite,
+    offset_of,
     segment_of_slot,
     sequence_bounds,
     store_state,
@@ -114,8 +115,9 @@ def _walk(
     for chunk in tl.range(first, last, num_stages=STAGES, disable_licm=CAREFUL):
         token = chunk * ROWS
         k_tile = load_tile(k, token, length, k_t, K, BT, BK, TMA)
-        M_tile = load_tile(M, chunk * HV * BT, last * HV * BT, BT, BT, BT, BT, OWN_TMA)
-        line = chunk * HV * (4 * BT)
+        matrix = offset_of(chunk, HV * BT, OWN_TMA)
+        M_tile = load_tile(M, matrix, last * HV * BT, BT, BT, BT, BT, OWN_TMA)
+        line = offset_of(chunk, HV * (4 * BT), OWN_TMA)
         whole = tl.load(decay + tl.cast(chunk, tl.int64) * HV)
         if CHECKPOINT:
             if chunk % CHECKPOINT == 0:
@@ -130,7 +132,7 @@ def _walk(
         if CAREFUL:
             lost = not_finite(rounded)
             X = dot(tl.where(lost, 0.0, rounded), M_tile, tl.where(lost, float("nan"), R), PRECISION)
-            row = token + tl.arange(0, BT)
+            row = token + tl.arange(0, BT)  # numbers that change with the chunk: others would wait in registers
             first_bad = first_not_finite(cast(X, DTYPE), row)[:, None]
             good = row[None, :] < first_bad
             fine = cast(tl.where(good, X, 0.0), DTYPE)
@@ -142,7 +144,7 @@ def _walk(
             first_query = chunk * (ROWS // STEPS)
             queries = length // STEPS
             q_tile = load_tile(q, first_query, queries, q_t, K, BQ, BK, TMA)
-            P_tile = load_tile(P, chunk * HV * BT, last * HV * BT, BQ, BQ, BT, BQ, OWN_TMA)
+            P_tile = load_tile(P, matrix, last * HV * BT, BQ, BQ, BT, BQ, OWN_TMA)
             b = load_vector(query_factors, line + BT, BQ, OWN_TMA)
             O = dot(low, tl.trans(q_tile), None, PRECISION) * b[None, :]
             O = dot(fine, P_tile, O, PRECISION)

@@ -55,6 +55,7 @@ from ._tiles import (
     load_tile,
     load_vector,
     not_finite,
+    offset_of,
     segment_of_slot,
     store_state,
     store_tile,
@@ -98,17 +99,19 @@ def _replay(
     PRECISION: tl.constexpr,
 ):
     """The state behind the chunks; writes every chunk's entry state and new values. CAREFUL as in `_walk_back`."""
-    for chunk in tl.range(first, last, num_stages=STAGES):
+    # Registers are short: what is the same for all chunks is not to wait in them.
+    for chunk in tl.range(first, last, num_stages=STAGES, disable_licm=True):
         token = chunk * ROWS
         end = tl.minimum(length, token + ROWS)
         k_tile = load_tile(k, token, end, k_t, K, BT, BK, TMA)
         v_tile = load_tile(v, token, end, v_t, columns, BT, BV, TMA)
-        M_tile = load_tile(M, chunk * HV * BT, last * HV * BT, BT, BT, BT, BT, OWN_TMA)
-        line = chunk * HV * (4 * BT)
+        matrix = offset_of(chunk, HV * BT, OWN_TMA)
+        M_tile = load_tile(M, matrix, last * HV * BT, BT, BT, BT, BT, OWN_TMA)
+        line = offset_of(chunk, HV * (4 * BT), OWN_TMA)
         total = tl.load(decay + tl.cast(chunk, tl.int64) * HV)
 
         low = cast(S, DTYPE)
-        store_tile(S0, low, chunk * HV * V, columns, K, K, BV, BK, OUT_TMA)
+        store_tile(S0, low, offset_of(chunk, HV * V, OUT_TMA), columns, K, K, BV, BK, OUT_TMA)
         x = dot(low, tl.trans(k_tile), None, PRECISION) * load_vector(factors, line, BT, OWN_TMA)[None, :]
         x = (tl.trans(v_tile) - x) * load_vector(factors, line + 3 * BT, BT, OWN_TMA)[None, :]
         R = cast(x, DTYPE)
@@ -119,7 +122,7 @@ def _replay(
             x = tl.where(row[None, :] < first_not_finite(cast(x, DTYPE), row)[:, None], x, float("nan"))
         else:
             x = dot(R, M_tile, x, PRECISION)
-        store_tile(X, cast(x, DTYPE), chunk * HV * V, columns, BT, BT, BV, BT, OUT_TMA)
+        store_tile(X, cast(x, DTYPE), offset_of(chunk, HV * V, OUT_TMA), columns, BT, BT, BV, BT, OUT_TMA)
         c = load_vector(factors, line + 2 * BT, BT, OWN_TMA)
         S = dot(cast(x * c[None, :], DTYPE), k_tile, S * total, PRECISION)
     return S
@@ -213,6 +216,7 @@ def _walk_back(
     It cannot go unseen, since it stays in the gradient of the state: callers look at the result, and walk again with
     CAREFUL where it is not finite. This keeps such rows out of the products.
     """
+    # As in `_replay`.
     for back in tl.range(0, last - first, num_stages=STAGES, disable_licm=True):
         chunk = last - 1 - back
         token = chunk * ROWS
@@ -220,14 +224,15 @@ def _walk_back(
         q_tile = load_tile(q, chunk * (ROWS // STEPS), end // STEPS, q_t, K, BQ, BK, TMA)
         k_tile = load_tile(k, token, end, k_t, K, BT, BK, TMA)
         do_tile = load_tile(do, chunk * (ROWS // STEPS), end // STEPS, do_t, columns, BQ, BV, TMA)
-        M_tile = load_tile(M, chunk * HV * BT, last * HV * BT, BT, BT, BT, BT, OWN_TMA)
-        P_tile = load_tile(P, chunk * HV * BT, last * HV * BT, BQ, BQ, BT, BQ, OWN_TMA)
-        line = chunk * HV * (4 * BT)
+        matrix = offset_of(chunk, HV * BT, OWN_TMA)
+        M_tile = load_tile(M, matrix, last * HV * BT, BT, BT, BT, BT, OWN_TMA)
+        P_tile = load_tile(P, matrix, last * HV * BT, BQ, BQ, BT, BQ, OWN_TMA)
+        line = offset_of(chunk, HV * (4 * BT), OWN_TMA)
         total = tl.load(decay + tl.cast(chunk, tl.int64) * HV)
 
         low = cast(ds, DTYPE)
         if dS is not None:
-            store_tile(dS, low, chunk * HV * V, columns, K, K, BV, BK, OUT_TMA)
+            store_tile(dS, low, offset_of(chunk, HV * V, OUT_TMA), columns, K, K, BV, BK, OUT_TMA)
         dx = dot(low, tl.trans(k_tile), None, PRECISION) * load_vector(factors, line + 2 * BT, BT, OWN_TMA)[None, :]
         do_tile = tl.trans(do_tile)
         if CAREFUL:
@@ -243,7 +248,7 @@ def _walk_back(
             dx = dot(do_tile, tl.trans(P_tile), dx, PRECISION)
             dr = dot(cast(dx, DTYPE), tl.trans(M_tile), dx, PRECISION)
         if dR is not None:
-            store_tile(dR, cast(dr, DTYPE), chunk * HV * V, columns, BT, BT, BV, BT, OUT_TMA)
+            store_tile(dR, cast(dr, DTYPE), offset_of(chunk, HV * V, OUT_TMA), columns, BT, BT, BV, BT, OUT_TMA)
         dr = dr * load_vector(factors, line + 3 * BT, BT, OWN_TMA)[None, :]
         if dv is not None:
             store_tile(dv, tl.trans(cast(dr, DTYPE)), token, end - token, HV * V, columns, BT, BV, TMA)

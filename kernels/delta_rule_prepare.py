@@ -243,8 +243,8 @@ def prepare_kernel(
     if largest is not None:
         # Not that of a zero row under qk_l2norm, 1000, which would make all others small.
         factor = tl.minimum(tl.maximum(tl.max(tl.maximum(tl.abs(a), tl.abs(b)), 0), 1.2e-38), 8.0)
-        power_of_two = factor.to(tl.int32, bitcast=True) & 0x7F800000
-        tl.store(largest + here, power_of_two.to(tl.float32, bitcast=True))
+        bits = factor.to(tl.int32, bitcast=True) & 0x7F800000
+        tl.store(largest + here, bits.to(tl.float32, bitcast=True))
     if norms is not None:
         tl.store(norms + here * (2 * BT) + row, k_norm)
         tl.store(norms + here * (2 * BT) + BT + row, q_norm)

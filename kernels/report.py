@@ -60,6 +60,7 @@ CASES = (
     Case("delta_rule", "float64", {"K": 64, "V": 64, "g": True}),
     Case("delta_product", "bfloat16", {"K": 128, "V": 128, "n": 2, "g": True, "l2norm": True}, short=True),
     Case("delta_product", "bfloat16", {"K": 128, "V": 128, "n": 3, "g": True, "GVA": True, "packed": True}),
+    Case("delta_product", "bfloat16", {"K": 64, "V": 64, "n": 4, "g": True}),
     Case("delta_product", "float32", {"K": 64, "V": 64, "n": 3, "g": True}),
     Case("causal_conv1d", "bfloat16", {"W": 4, "silu": True}, targets=ALL, short=True),
     Case("causal_conv1d", "bfloat16", {"W": 4, "silu": True, "time_last": True}),

@@ -130,7 +130,36 @@ IN_A_LOOP = """
 """
 
 
+# Regions side by side name their values alike: what one says of a name is not so in the next.
+SIDE_BY_SIDE = """
+    scf.if %here {
+      %at = arith.constant 64 : i32
+      %q0 = tt.addptr %x, %at : !tt.ptr<f32>, i32
+    }
+    scf.if %there {
+      %at = arith.muli %pid, %stride : i32
+      %q1 = tt.addptr %x, %at : !tt.ptr<f32>, i32
+    }
+    scf.if %elsewhere {
+      %at = arith.muli %wide, %stride_wide : i64
+      %q2 = tt.addptr %x, %at : !tt.ptr<f32>, i64
+    }
+"""
+NESTED = """
+    %out:2 = scf.for %i = %a to %b step %c64 iter_args(%at = %zero, %acc = %nought) -> (i32, f32)  : i32 {
+      %sum = scf.for %j = %a to %b step %c64 iter_args(%inner = %nought) -> (f32)  : i32 {
+        %p5 = tt.addptr %x, %at : !tt.ptr<f32>, i32
+        scf.yield %inner : f32
+      }
+      %far = arith.muli %i, %stride : i32
+      scf.yield %far, %sum : i32, f32
+    }
+"""
+
+
 def test_narrow_offsets_are_found():
+    assert _ttir.narrow_offsets(TTIR + SIDE_BY_SIDE) == ["%at = arith.muli %pid, %stride : i32"]
+    assert _ttir.narrow_offsets(TTIR + NESTED) == ["%far = arith.muli %i, %stride : i32"]
     assert _ttir.narrow_offsets(TTIR) == []
     assert _ttir.narrow_offsets(TTIR + NARROW) == ["%bad = arith.muli %pid, %stride : i32"]
     assert _ttir.narrow_offsets(TTIR + IN_A_LOOP) == ["%far = arith.muli %i, %stride : i32"]
