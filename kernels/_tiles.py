@@ -185,9 +185,9 @@ def store_tile(target, x, first, rows, stride, columns, BT: tl.constexpr, BD: tl
     else:
         row = tl.arange(0, BT)
         column = tl.arange(0, BD)
+        target += tl.cast(first, tl.int64) * stride
         at = row.to(tl.int64)[:, None] * stride + column[None, :]
-        mask = (row < rows)[:, None] & (column < columns)[None, :]
-        tl.store(target + tl.cast(first, tl.int64) * stride + at, x, mask=mask)
+        tl.store(target + at, x, mask=(row < rows)[:, None] & (column < columns)[None, :])
 
 
 @triton.jit
