@@ -131,18 +131,24 @@ IN_A_LOOP = """
 
 
 # Regions side by side name their values alike: what one says of a name is not so in the next.
-SIDE_BY_SIDE = """
+ONCE_A_CONSTANT = """
     scf.if %here {
       %at = arith.constant 64 : i32
-      %q0 = tt.addptr %x, %at : !tt.ptr<f32>, i32
     }
     scf.if %there {
-      %at = arith.muli %pid, %stride : i32
-      %q1 = tt.addptr %x, %at : !tt.ptr<f32>, i32
+      %at = arith.addi %pid, %stride : i32
+      %far = arith.muli %at, %stride : i32
+      %p5 = tt.addptr %x, %far : !tt.ptr<f32>, i32
     }
-    scf.if %elsewhere {
+"""
+ONCE_NARROW = """
+    scf.if %here {
+      %at = arith.muli %pid, %stride : i32
+      %within = arith.cmpi slt, %at, %stride : i32
+    }
+    scf.if %there {
       %at = arith.muli %wide, %stride_wide : i64
-      %q2 = tt.addptr %x, %at : !tt.ptr<f32>, i64
+      %p5 = tt.addptr %x, %at : !tt.ptr<f32>, i64
     }
 """
 NESTED = """
@@ -158,11 +164,12 @@ NESTED = """
 
 
 def test_narrow_offsets_are_found():
-    assert _ttir.narrow_offsets(TTIR + SIDE_BY_SIDE) == ["%at = arith.muli %pid, %stride : i32"]
-    assert _ttir.narrow_offsets(TTIR + NESTED) == ["%far = arith.muli %i, %stride : i32"]
     assert _ttir.narrow_offsets(TTIR) == []
     assert _ttir.narrow_offsets(TTIR + NARROW) == ["%bad = arith.muli %pid, %stride : i32"]
     assert _ttir.narrow_offsets(TTIR + IN_A_LOOP) == ["%far = arith.muli %i, %stride : i32"]
+    assert _ttir.narrow_offsets(TTIR + NESTED) == ["%far = arith.muli %i, %stride : i32"]
+    assert _ttir.narrow_offsets(TTIR + ONCE_A_CONSTANT) == ["%far = arith.muli %at, %stride : i32"]
+    assert _ttir.narrow_offsets(TTIR + ONCE_NARROW) == []
 
 
 def test_loops_with_loads_and_products_are_found():
